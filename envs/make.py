@@ -1,0 +1,65 @@
+"""Environments by name, with observations that are flat vectors."""
+
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import mujoco
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+from envs import UserError
+
+
+def _mujoco_warning(message: str) -> None:
+    # MuJoCo 3.10 and later complain about gymnasium's own XML files, at every start.
+    if "deprecated" not in message:
+        print(f"MuJoCo: {message}", file=sys.stderr)
+
+
+mujoco.set_mju_user_warning(_mujoco_warning)
+
+
+def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
+    """One environment with a one-dimensional Box observation; time limits as registered.
+
+    video_dir: record the first episode there. Raises UserError for a name that gymnasium does not
+    know, and where the simulator or the recorder is not installed.
+    """
+    render_mode = "rgb_array" if video_dir else None
+    try:
+        # The passive checker only warns; it would cost a check of every step's types.
+        env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True)
+    except (gym.error.Error, ModuleNotFoundError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"--env-id {env_id}: {reason}") from error
+    if (
+        not isinstance(env.observation_space, gym.spaces.Box)
+        or len(env.observation_space.shape) != 1
+    ):
+        try:
+            env = gym.wrappers.FlattenObservation(env)
+        except NotImplementedError as error:
+            raise UserError(
+                f"--env-id {env_id}: observations of {env.observation_space} cannot be flattened"
+            ) from error
+    if video_dir:
+        try:
+            env = gym.wrappers.RecordVideo(
+                env, str(video_dir), lambda i: i == 0, disable_logger=True
+            )
+        except gym.error.DependencyNotInstalled as error:
+            raise UserError("--capture-video: pip install moviepy") from error
+    return env
+
+
+def make_vector_env(env_id: str, num_envs: int) -> SyncVectorEnv:
+    """`num_envs` copies stepped in turn.
+
+    SAME_STEP: a finished episode resets within the step that ends it. The step returns the first
+    observation of the next episode; `infos["final_obs"]` holds the last one of the old episode.
+    """
+    return SyncVectorEnv(
+        [lambda: make_env(env_id) for _ in range(num_envs)],
+        copy=False,
+        autoreset_mode=AutoresetMode.SAME_STEP,
+    )

@@ -1,0 +1,125 @@
+"""Save and restore the whole state of an environment, so that the same actions give the same bits.
+
+Covered: MuJoCo and classic-control environments under any stack of gymnasium wrappers whose only
+own state is the step counter of `TimeLimit`. A state is a dictionary of tensors and plain values,
+which `torch.load(weights_only=True)` reads.
+"""
+
+import sys
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import torch
+from gymnasium.wrappers import TimeLimit
+
+from envs import UserError
+
+INTEGRATION = mujoco.mjtState.mjSTATE_INTEGRATION
+# PITFALL: the integration state is not all that a MuJoCo environment remembers. Observations and
+# rewards read these as the last step left them, and that is one substep older than qpos.
+DERIVED = (
+    "qacc cacc xpos xquat xmat xipos ximat xanchor xaxis geom_xpos geom_xmat site_xpos site_xmat "
+    "subtree_com subtree_linvel subtree_angmom cinert cvel cfrc_ext cfrc_int "
+    "qfrc_actuator qfrc_constraint actuator_force sensordata"
+).split()
+
+
+def can_save_state(env: gym.Env) -> bool:
+    """Whether `env_state` covers this environment."""
+    return _is_mujoco(env.unwrapped) or _is_classic(env.unwrapped)
+
+
+def env_state(env: gym.Env) -> dict:
+    """Simulator, random generator and time limit of `env`.
+
+    Raises UserError for an environment whose state cannot be saved.
+    """
+    base = env.unwrapped
+    if not can_save_state(env):
+        raise UserError(f"the state of {base} cannot be saved: only MuJoCo and classic control")
+    if _is_mujoco(base):
+        physics = np.empty(mujoco.mj_stateSize(base.model, INTEGRATION))
+        mujoco.mj_getState(base.model, base.data, physics, INTEGRATION)
+        simulator = {name: _pack(getattr(base.data, name)) for name in DERIVED}
+        simulator["physics"] = _pack(physics)
+    else:
+        simulator = {name: _pack(value) for name, value in vars(base).items() if _is_plain(value)}
+    return {
+        "simulator": simulator,
+        "generator": base.np_random.bit_generator.state,
+        "elapsed_steps": [limit._elapsed_steps for limit in _time_limits(env)],
+    }
+
+
+def set_env_state(env: gym.Env, state: dict) -> None:
+    """Put `env` where `env_state` found it. The environment must have been reset once."""
+    base = env.unwrapped
+    simulator = {name: _unpack(value) for name, value in state["simulator"].items()}
+    if _is_mujoco(base):
+        mujoco.mj_setState(base.model, base.data, simulator.pop("physics"), INTEGRATION)
+        for name, value in simulator.items():
+            getattr(base.data, name)[...] = value
+    else:
+        for name, value in simulator.items():
+            setattr(base, name, value)
+    base.np_random.bit_generator.state = state["generator"]
+    for limit, elapsed in zip(_time_limits(env), state["elapsed_steps"], strict=True):
+        limit._elapsed_steps = elapsed
+
+
+def vector_env_state(envs: gym.vector.SyncVectorEnv) -> list[dict] | None:
+    """`env_state` of each environment; None where that is not possible."""
+    if not all(can_save_state(env) for env in envs.envs):
+        return None
+    return [env_state(env) for env in envs.envs]
+
+
+def set_vector_env_state(envs: gym.vector.SyncVectorEnv, states: list[dict] | None) -> bool:
+    """Restore what `vector_env_state` gave. False, and a line of warning, where it gave None."""
+    if states is None:
+        print(f"{envs.envs[0].spec.id} cannot be restored: new episodes start", file=sys.stderr)
+        return False
+    for env, state in zip(envs.envs, states, strict=True):
+        set_env_state(env, state)
+    return True
+
+
+def _is_mujoco(base: gym.Env) -> bool:
+    return isinstance(getattr(base, "data", None), mujoco.MjData)
+
+
+def _is_classic(base: gym.Env) -> bool:
+    return type(base).__module__.startswith("gymnasium.envs.classic_control")
+
+
+def _time_limits(env: gym.Env) -> list[TimeLimit]:
+    limits = []
+    while isinstance(env, gym.Wrapper):
+        if isinstance(env, TimeLimit):
+            limits.append(env)
+        env = env.env
+    return limits
+
+
+def _is_plain(value) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_plain(item) for item in value)
+    return isinstance(value, bool | int | float | str | None | np.ndarray | np.floating)
+
+
+def _pack(value):
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, tuple):
+        return tuple(_pack(item) for item in value)
+    # A numpy scalar keeps its type only as a tensor: float32 arithmetic must stay float32.
+    return torch.tensor(value) if isinstance(value, np.floating) else value
+
+
+def _unpack(value):
+    if isinstance(value, tuple):
+        return tuple(_unpack(item) for item in value)
+    if isinstance(value, torch.Tensor):
+        return value.numpy().copy() if value.ndim else value.numpy()[()]
+    return value
