@@ -1,0 +1,333 @@
+"""Speed and memory against the usual way, both measured in one run.
+
+    python -m benchmark speed sampler
+    python -m benchmark speed scoring
+    python -m benchmark speed scoring --model FOLDER
+    python -m benchmark speed ppo --cleanrl CHECKOUT
+
+Other work on the machine slows both sides alike, so sides alternate and only ratios are reported:
+median [minimum, maximum] over the pairs.
+"""
+
+import csv
+import functools
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import tyro
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.utils import logging as transformers_logging
+
+from rlhf import UserError
+from rlhf.logprobs import completion_logprobs
+from rlhf.sampler import generate
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f}x [{min(values):.2f}, {max(values):.2f}]"
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+# ------------------------------------------------------------------------------- SAMPLER
+
+
+class PlannedLengths(StoppingCriteria):
+    """Stops row i of a `model.generate` batch after lengths[i] new tokens."""
+
+    def __init__(self, prompt_length: int, lengths: list[int]):
+        self.ends = prompt_length + torch.tensor(lengths)
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids.shape[1] >= self.ends
+
+
+def sampler(pairs: int = 5, batch: int = 64, prompt_length: int = 16, threads: int = 2) -> None:
+    """Greedy tokens a second of rlhf.sampler against the better of two caches of model.generate.
+
+    A Llama of 6 layers and width 256. Equal: one batch of 64 new tokens a row. Ragged: four times
+    as many prompts with 8 to 64 new tokens; generate runs batch after batch.
+
+    Args:
+        pairs: Alternating repetitions after one warm-up.
+        batch: Rows of model.generate and slots of the sampler.
+        prompt_length: Tokens in a prompt.
+        threads: CPU threads of torch.
+    """
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    prompts = torch.randint(2, 512, (4 * batch, prompt_length))
+    ragged = torch.randint(8, 65, (4 * batch,)).tolist()
+    print(f"Llama 6 x 256, {batch} rows, {prompt_length} prompt tokens, {threads} threads")
+
+    for name, ids, lengths in (
+        ("equal", prompts[:batch], [64] * batch),
+        ("ragged", prompts, ragged),
+    ):
+        outputs = {}
+
+        def ours(ids=ids, lengths=lengths, outputs=outputs):
+            done = generate(
+                model,
+                ids.tolist(),
+                max_new_tokens=lengths,
+                stop_ids=[1],
+                pad_id=0,
+                temperature=0,
+                slots=batch,
+            )
+            rows = zip(done.tokens, done.lengths, strict=True)
+            outputs["ours"] = [row[:n].tolist() for row, n in rows]
+
+        def theirs(ids=ids, lengths=lengths, outputs=outputs, **options):
+            outputs["theirs"] = rows = []
+            for i in range(0, len(ids), batch):
+                part, ends = ids[i : i + batch], lengths[i : i + batch]
+                tokens = model.generate(
+                    part,
+                    attention_mask=torch.ones_like(part),
+                    max_new_tokens=max(ends),
+                    do_sample=False,
+                    stopping_criteria=StoppingCriteriaList([PlannedLengths(prompt_length, ends)]),
+                    **options,
+                )
+                for row, n in zip(tokens[:, prompt_length:].tolist(), ends, strict=True):
+                    row = row[:n]
+                    rows.append(row[: row.index(1) + 1] if 1 in row else row)
+
+        static = dict(cache_implementation="static", disable_compile=True)
+        times = {"ours": [], "dynamic": [], "static": []}
+        for pair in range(-1, pairs):
+            for side, function in (
+                ("ours", ours),
+                ("dynamic", theirs),
+                ("static", functools.partial(theirs, **static)),
+            ):
+                elapsed = seconds(function)
+                if pair >= 0:
+                    times[side].append(elapsed)
+        best = [min(d, s) for d, s in zip(times["dynamic"], times["static"], strict=True)]
+        ratios = [b / o for b, o in zip(best, times["ours"], strict=True)]
+        differ = sum(a != b for a, b in zip(outputs["ours"], outputs["theirs"], strict=True))
+        count = sum(map(len, outputs["ours"]))
+        rates = {side: f"{count / statistics.median(t):.0f}" for side, t in times.items()}
+        print(
+            f"{name:7s} {spread(ratios)} over {pairs} pairs; tokens/s ours {rates['ours']}, "
+            f"generate {rates['dynamic']} (static cache {rates['static']}); "
+            f"{differ} of {len(ids)} rows differ"
+        )
+
+
+# ------------------------------------------------------------------------------- SCORING
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS (now) or VmHWM (peak) of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise UserError("peak memory is read from /proc/self/status: run this on Linux")
+
+
+def scoring_child(side: str, backward: bool, model_name: str, shape: list[int], out: str) -> None:
+    """One pass in a fresh process; writes values to `out` and prints peak bytes and seconds."""
+    torch.manual_seed(0)
+    if model_name:
+        model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
+    else:
+        config = Gemma3TextConfig(  # the shape of Gemma 3 270M
+            vocab_size=262144,
+            hidden_size=640,
+            intermediate_size=2048,
+            num_hidden_layers=18,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=256,
+            sliding_window=512,
+        )
+        model = AutoModelForCausalLM.from_config(config)
+    model.eval()  # no dropout; gradients are not affected
+    vocab = model.get_output_embeddings().weight.shape[0]
+    ids = torch.randint(vocab, shape, generator=torch.Generator().manual_seed(1))
+    scored = torch.ones_like(ids, dtype=torch.bool)
+    scored[:, 0] = False
+
+    def score() -> torch.Tensor:
+        if side == "ours":
+            return completion_logprobs(model, ids, scored)[0][:, 1:]
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        return logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+
+    # forget the peak of loading
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident_bytes("VmRSS")
+    start = time.perf_counter()
+    with torch.set_grad_enabled(backward):
+        values = score()
+        if backward:
+            values.mean().backward()
+    elapsed = time.perf_counter() - start
+    peak = resident_bytes("VmHWM") - before
+    with torch.no_grad():  # the first sequence in float64, with the plain formula
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1].double()
+        logits = hidden @ model.get_output_embeddings().weight.double().t()
+        softcap = getattr(model.config, "final_logit_softcapping", None)
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        exact = logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+    torch.save({"values": values.detach(), "exact": exact}, out)
+    print(json.dumps({"peak": peak, "seconds": elapsed}))
+
+
+def scoring(model: str = "", pairs: int = 5, batch: int = 16, length: int = 128) -> None:
+    """Peak memory and time of one scoring pass, ours against log_softmax of the full logits.
+
+    Every pass runs in its own process; memory is its peak minus what it held after loading.
+
+    Args:
+        model: Folder or name of a causal LM; default: random weights in the shape of Gemma 3 270M.
+        pairs: Alternating repetitions.
+        batch: Sequences.
+        length: Tokens in each.
+    """
+    if model and not Path(model, "config.json").exists():
+        raise UserError(f"no config.json in {model}: pass a folder written by save_pretrained")
+    print(f"{model or 'random Gemma 3 270M'}, {batch} x {length} tokens, float32")
+    with tempfile.TemporaryDirectory() as folder:
+        for backward in (False, True):
+            results = {"ours": [], "naive": []}
+            for _ in range(pairs):
+                for side, runs in results.items():
+                    job = [side, backward, model, [batch, length], f"{folder}/{side}"]
+                    command = [sys.executable, "-m", "benchmark.speed", json.dumps(job)]
+                    child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+                    if child.returncode:
+                        raise UserError(f"the {side} pass failed (see above): out of memory?")
+                    runs.append(json.loads(child.stdout.splitlines()[-1]))
+            saved = [torch.load(f"{folder}/{side}", weights_only=True) for side in results]
+            ours, naive = (x["values"] for x in saved)
+            errors = [(x["values"][0] - x["exact"]).abs().max() for x in saved]
+            both = list(zip(results["naive"], results["ours"], strict=True))
+            gib = {side: max(r["peak"] for r in runs) / 2**30 for side, runs in results.items()}
+            print(
+                f"{'forward + backward' if backward else 'forward only':18s} "
+                f"peak {gib['ours']:.2f} GiB, naive {gib['naive']:.2f} GiB: naive / ours "
+                f"{spread([n['peak'] / o['peak'] for n, o in both])}; time naive / ours "
+                f"{spread([n['seconds'] / o['seconds'] for n, o in both])}; "
+                f"largest difference {(ours - naive).abs().max():.1e} (from float64: ours "
+                f"{errors[0]:.1e}, naive {errors[1]:.1e})"
+            )
+
+
+# ----------------------------------------------------------------------------------- PPO
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_script(words: list[str], folder: Path) -> str:
+    """Run a training script on one thread in `folder`; returns what it printed."""
+    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        env=os.environ | one_thread,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        print(done.stderr[-3000:], file=sys.stderr)
+        raise UserError(f"{' '.join(words)} failed, see above")
+    return done.stdout
+
+
+def ppo(cleanrl: Path, pairs: int = 5, steps: int = 20_480, compile: bool = False) -> None:
+    """Steps a second of ppo_continuous_action.py against CleanRL's script of the same name.
+
+    HalfCheetah-v5, one environment, one thread, each script's defaults (they are the same).
+    Rollout and update together; the first two rollouts of each run are warm-up.
+    To get the checkout: git clone https://github.com/vwxyzjn/cleanrl
+
+    Args:
+        cleanrl: Folder of the checkout.
+        pairs: Alternating runs of each side.
+        steps: Environment steps of a run, 2048 a rollout.
+        compile: Run ours with --compile.
+    """
+    theirs = cleanrl.resolve() / "cleanrl" / "ppo_continuous_action.py"
+    if not theirs.exists():
+        raise UserError(
+            f"no {theirs}: git clone https://github.com/vwxyzjn/cleanrl, give its folder"
+        )
+    if steps < 4 * 2048:
+        raise UserError(f"--steps {steps}: at least four rollouts of 2048 steps")
+    common = ["--env-id", "HalfCheetah-v5", "--total-timesteps", str(steps)]
+    ours = ROOT / "algos" / "ppo_continuous_action.py"
+    rates = {"ours": [], "CleanRL": []}
+    for _ in range(pairs):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            flags = ["--run-dir", "run", "--eval-episodes", "1", *["--compile"] * compile]
+            run_script([str(ours), *common, *flags], folder)
+            with (folder / "run" / "metrics.csv").open(newline="") as file:
+                table = [row for row in csv.DictReader(file) if row["key"] == "charts/SPS"]
+            rates["ours"].append(statistics.median(float(row["value"]) for row in table[2:]))
+
+            runner = str(ROOT / "benchmark" / "peers" / "cleanrl.py")
+            out = run_script([runner, str(theirs), *common, "--no-cuda"], folder)
+            # it prints steps / seconds since the start after each rollout
+            printed = [int(rate) for rate in re.findall(r"^SPS: (\d+)$", out, re.M)]
+            seconds_at = [2048 * (i + 1) / rate for i, rate in enumerate(printed)]
+            elapsed = seconds_at[-1] - seconds_at[1]
+            rates["CleanRL"].append(2048 * (len(printed) - 2) / elapsed)
+        print("  ".join(f"{side} {values[-1]:.0f} steps/s" for side, values in rates.items()))
+    ratios = [a / b for a, b in zip(*rates.values(), strict=True)]
+    medians = {side: f"{statistics.median(values):.0f}" for side, values in rates.items()}
+    print(
+        f"ours / CleanRL {spread(ratios)} over {pairs} pairs; steps/s ours {medians['ours']}, "
+        f"CleanRL {medians['CleanRL']}"
+    )
+
+
+def main(flags: list[str]) -> None:
+    tyro.extras.subcommand_cli_from_dict(
+        {"sampler": sampler, "scoring": scoring, "ppo": ppo},
+        prog="python -m benchmark speed",
+        args=flags,
+    )
+
+
+if __name__ == "__main__":  # a child of scoring(); people start python -m benchmark
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    scoring_child(*json.loads(sys.argv[1]))

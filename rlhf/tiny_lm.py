@@ -1,0 +1,301 @@
+"""The built-in model: a small Llama that writes stories, and a reward model for them.
+
+Prepared once, in a minute or two on a laptop, so that a language-model script shows a rising reward
+without a download. Two ordinary Hugging Face folders in $FOLIO_CACHE (or ~/.cache/folio):
+
+  policy         the SFT model: first on stories without slips, which teach it to carry a hero, a
+                 place and a thing over many tokens, then on those of a careless writer
+  reward_model   the same trunk with a scalar head, trained on pairs of the SFT model's samples,
+                 labelled by Bradley-Terry from the gold reward (papers/ppo_rlhf.md section 7)
+
+The reward model never sees the gold reward itself, so it can be over-optimised, and the gold reward
+shows it.
+
+    python -m rlhf.tiny_lm        prepares both and prints their folders
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from rlhf import UserError
+from rlhf.reward_model import (
+    load_reward_model,
+    normalize,
+    pair_accuracy,
+    sample_rows,
+    train_reward_model,
+)
+from rlhf.sft import train_sft
+from rlhf.tasks import (
+    GRAMMAR_VERSION,
+    completion_ids,
+    label_pairs,
+    preference_probability,
+    prompt_ids,
+    remarks,
+    story_gold,
+    story_prompts,
+    story_vocabulary,
+    write_stories,
+)
+
+RECIPE_VERSION = 1  # raise it when the code below changes what is prepared
+
+
+@dataclass(frozen=True)
+class TinyLM:
+    """Folders of the prepared models; both load with the Auto classes of transformers."""
+
+    policy: Path
+    reward_model: Path
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much work a preparation does; part of the folder's name."""
+
+    careful_stories: int = 12_000
+    """stories without slips, from which copying is learned"""
+    stories: int = 8_000
+    """stories of the careless writer"""
+    pairs: int = 5_000
+    """labelled pairs for the reward model"""
+    test_pairs: int = 500
+    """held-out pairs for the accuracy report"""
+    seed: int = 1
+    """of weights, stories, samples and labels"""
+
+
+def build_tokenizer():
+    """One token a word. Decoded text encodes to the same ids; PAD, EOS and BOS are three tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", *story_vocabulary()]
+    words_to_ids = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(words_to_ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", words_to_ids["<bos>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(tokenizer, seed: int = 1, max_positions: int = 256):
+    """A Llama of 1.1 million parameters: 4 layers, width 128, tied embeddings.
+
+    The weights start with std 0.08, near 1 / sqrt(width): with transformers' 0.02 attention starts
+    flat, and copying is not yet learned when the budget ends (loss on careful stories 1.27 against
+    1.02 after 8,000 of them). Tied, because a story repeats what it has read.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=max_positions,
+        tie_word_embeddings=True,
+        initializer_range=0.08,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+# === PREPARE =====================================================================================
+
+
+def prepare(
+    cache_dir: str | Path | None = None,
+    response_tokens: int = 24,
+    quiet: bool = False,
+    budget: Budget = Budget(),
+) -> TinyLM:
+    """SFT model and reward model for stories of `response_tokens` tokens, made once, then reused.
+
+    Safe when several processes call it at once, as the ranks of torchrun do: one works, with all
+    cores, and the others wait for it.
+    """
+    from filelock import FileLock
+
+    root = Path(cache_dir or os.environ.get("FOLIO_CACHE") or "~/.cache/folio").expanduser()
+    folder = root / f"tiny_lm-{response_tokens}-{recipe_hash(response_tokens, budget)}"
+    result = TinyLM(folder / "policy", folder / "reward_model")
+    if folder.is_dir():  # a folder gets this name when it is complete
+        return result
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(root / f".{folder.name}.lock")
+        with lock:
+            if not folder.is_dir():
+                for left_over in root.glob(f".{folder.name}.*.tmp"):
+                    shutil.rmtree(left_over)  # of a process that was killed: we hold the lock
+                temporary = root / f".{folder.name}.{os.getpid()}.tmp"
+                with all_cores():
+                    _make(temporary, response_tokens, budget, quiet)
+                temporary.rename(folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the built-in model to {root} ({error}): set FOLIO_CACHE elsewhere"
+        ) from error
+    return result
+
+
+def recipe_hash(response_tokens: int, budget: Budget) -> str:
+    """Eight digits that change with whatever decides what is prepared."""
+    recipe = [GRAMMAR_VERSION, RECIPE_VERSION, response_tokens, dataclasses.asdict(budget)]
+    recipe += [story_vocabulary()]
+    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
+
+
+@contextlib.contextmanager
+def all_cores():
+    """Use every core that this process may use; torchrun sets OMP_NUM_THREADS=1."""
+    before = torch.get_num_threads()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(min(usable or 1, 8))  # more threads than this slow such small matrices
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _make(folder: Path, response_tokens: int, budget: Budget, quiet: bool) -> None:
+    """Train both models, save them in `folder`, print one line."""
+    started = time.monotonic()
+    if not quiet:
+        print(f"preparing the built-in model ({response_tokens} tokens a story), once", flush=True)
+    tokenizer = build_tokenizer()
+    prompts, _ = story_prompts()
+    seed = budget.seed
+
+    # 1. supervised fine-tuning
+    policy = build_model(tokenizer, seed, max_positions=max(256, 2 * response_tokens))
+    rng = random.Random(seed)
+    options = dict(batch_size=32, schedule="linear", warmup=0.05, progress=not quiet)
+    for count, slips, learning_rate in (
+        (budget.careful_stories, 0.0, 2e-3),
+        (budget.stories, 1.0, 1e-3),
+    ):
+        seed += 1
+        chosen = [prompts[i % len(prompts)] for i in range(count)]
+        stories = write_stories(chosen, response_tokens, seed, slips)
+        if not slips:  # every other writer is careless, or the remarks would have nothing to tell
+            stories[::2] = write_stories(chosen[::2], response_tokens, seed)
+        sft_loss = train_sft(
+            policy, encode(tokenizer, chosen, stories, rng), learning_rate=learning_rate, **options
+        )
+
+    # 2. two samples of the SFT model for each prompt, judged by Bradley-Terry from the gold reward
+    number = budget.pairs + budget.test_pairs
+    asked = [prompts[-1 - i % len(prompts)] for i in range(number)]
+    texts, rows = sample_rows(
+        policy, tokenizer, asked * 2, response_tokens, seed=seed, batch_size=512
+    )
+    gold = story_gold(asked * 2, texts)
+    a_wins = label_pairs(gold[:number], gold[number:], seed)
+    pairs = [
+        (a, b) if wins else (b, a)
+        for a, b, wins in zip(rows[:number], rows[number:], a_wins, strict=True)
+    ]
+    train_pairs, test_pairs = pairs[: budget.pairs], pairs[budget.pairs :]
+
+    # 3. the reward model starts from the SFT trunk
+    policy.save_pretrained(folder / "policy")
+    tokenizer.save_pretrained(folder / "policy")
+    reward_model, _ = load_reward_model(folder / "policy", new_head=True, seed=seed)
+    train_reward_model(
+        reward_model, train_pairs, learning_rate=5e-4, warmup=0.05, progress=not quiet, epochs=2
+    )
+    normalize(reward_model, rows[:1024], batch_size=256)
+    reward_model.model.save_pretrained(folder / "reward_model")
+    tokenizer.save_pretrained(folder / "reward_model")
+
+    # The best that any judge can reach against noisy labels: always name the likelier one.
+    ceiling = statistics.mean(
+        max(p, 1 - p)
+        for p in map(
+            preference_probability, gold[budget.pairs : number], gold[number + budget.pairs :]
+        )
+    )
+    report = {
+        "sft_loss": sft_loss,
+        "accuracy": pair_accuracy(reward_model, test_pairs, batch_size=256),
+        "accuracy_ceiling": ceiling,
+        "gold_mean": statistics.mean(gold),
+        "gold_std": statistics.pstdev(gold),
+        "seconds": time.monotonic() - started,
+    }
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    if not quiet:
+        print(
+            "SFT loss {sft_loss:.3f}; reward model agrees with {accuracy:.1%} of held-out labels "
+            "(at most {accuracy_ceiling:.1%} possible); gold of SFT samples {gold_mean:.2f} +- "
+            "{gold_std:.2f}; {seconds:.0f} s".format(**report)
+        )
+
+
+def encode(tokenizer, prompts: Sequence[str], stories: Sequence[str], rng: random.Random):
+    """Token ids as train_sft takes them: prompt, and story + EOS + a reader's remarks.
+
+    Remarks are never sampled, because the EOS stops the sampler; see rlhf/tasks.py:remarks.
+    """
+    return [
+        (
+            prompt_ids(tokenizer, prompt),
+            completion_ids(tokenizer, story)
+            + completion_ids(tokenizer, remarks(prompt, story, rng), eos=False),
+        )
+        for prompt, story in zip(prompts, stories, strict=True)
+    ]
+
+
+@dataclass
+class Args:
+    cache_dir: Path | None = None
+    """where to put the models; by default $FOLIO_CACHE or ~/.cache/folio"""
+    response_tokens: int = 24
+    """longest completion; 64 to 96 for scripts that need long ones"""
+    quiet: bool = False
+    """print nothing but the two folders"""
+
+
+def main(args: Args) -> None:
+    folders = prepare(args.cache_dir, args.response_tokens, args.quiet)
+    print(folders.policy)
+    print(folders.reward_model)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except UserError as error:
+        sys.exit(f"error: {error}")

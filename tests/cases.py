@@ -1,0 +1,67 @@
+"""How the contract tests run each script. A new script in algos/ needs an entry in CASES."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Case:
+    smoke: str
+    """flags of a run of a few seconds with at least 20 updates, for 1 and for 2 processes; it
+    evaluates at least once on the way"""
+    changed: str
+    """a flag with another value than in `smoke`, which a resumed run must refuse"""
+    learning: str
+    """flags of a run that learns within two minutes of CPU"""
+    score: tuple[str, float]
+    """key of metrics.csv, and what its last value must reach in the learning run"""
+    processes: int = 1
+    """of the learning run"""
+    prepare: str = ""
+    """module to run before the first run, where a script needs something in the cache"""
+    bad: dict[str, str] = field(default_factory=dict)
+    """flags of bad input -> words of the one line that answers them"""
+
+
+CASES = {
+    "ppo": Case(
+        smoke="--env-id CartPole-v1 --num-envs 4 --num-steps 64 --total-timesteps 8192 "
+        "--eval-every 12 --eval-episodes 2",
+        changed="--gamma 0.9",
+        learning="--env-id CartPole-v1 --total-timesteps 100000",
+        score=("eval/deterministic_return", 475),
+        bad={
+            "--env-id Nope-v0": "--env-id Nope-v0",
+            "--env-id Pendulum-v1": "ppo_continuous_action.py",
+            "--num-envs 0": "--num-envs 0",
+            "--num-minibatches 7": "--num-minibatches 7",
+            "--total-timesteps 10": "--total-timesteps 10",
+            "--device cuda": "--device cpu",
+        },
+    ),
+    "ppo_continuous_action": Case(
+        smoke="--env-id Hopper-v5 --num-envs 2 --num-steps 64 --num-minibatches 4 "
+        "--update-epochs 4 --total-timesteps 4096 --eval-every 12 --eval-episodes 2",
+        changed="--gamma 0.9",
+        learning="--env-id InvertedPendulum-v5 --total-timesteps 100000",
+        score=("eval/deterministic_return", 950),
+        bad={
+            "--env-id Nope-v0": "--env-id Nope-v0",
+            "--env-id CartPole-v1": "ppo.py",
+            "--num-envs 0": "--num-envs 0",
+            "--num-minibatches 7": "--num-minibatches 7",
+            "--total-timesteps 10": "--total-timesteps 10",
+            "--device cuda": "--device cpu",
+        },
+    ),
+}
+
+
+def case(script: str) -> Case:
+    if script not in CASES:
+        pytest.fail(
+            f'algos/{script}.py is not covered: add CASES["{script}"] to tests/cases.py, with the '
+            f"flags of a smoke run and of a learning run and the score to reach"
+        )
+    return CASES[script]

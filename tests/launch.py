@@ -1,0 +1,161 @@
+"""Start scripts the way people do, and read what they leave behind."""
+
+import csv
+import hashlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
+# The exact contracts hold on the CPU; one thread a process, since tests run side by side.
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+TIMES = ("charts/SPS", "charts/tokens_per_second")  # rows of metrics.csv that no two runs share
+
+
+def command(script, processes, *flags):
+    path = str(ROOT / "algos" / f"{script}.py")
+    if processes == 1:
+        return [sys.executable, path, *map(str, flags)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*torchrun, "--nproc_per_node", str(processes), path, *map(str, flags)]
+
+
+class Run:
+    """A script that runs in the background; its whole process tree ends with the block."""
+
+    def __init__(self, script, processes, *flags, wrapper=None):
+        """wrapper: Python code to run the script within; it finds the script in sys.argv."""
+        words = command(script, processes, *flags)
+        if wrapper:
+            words[1:1] = ["-c", wrapper]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        self.process = subprocess.Popen(words, text=True, cwd=ROOT, env=ENVIRONMENT, **pipes)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.kill()
+        for pipe in (self.process.stdout, self.process.stderr):
+            pipe.close()
+
+    def finish(self, timeout=120):
+        """Wait; returns exit code, stdout, stderr."""
+        out, err = self.process.communicate(timeout=timeout)
+        return self.process.returncode, out, err
+
+    def poll_until(self, condition, timeout=120):
+        """Wait for `condition`, looking often enough to catch any moment of an update."""
+        end = time.monotonic() + timeout
+        while not condition():
+            if self.process.poll() is not None:
+                raise AssertionError(f"ended too early: {self.finish()}")
+            assert time.monotonic() < end, "waited in vain"
+            time.sleep(0.001)
+
+    def ranks(self):
+        """{rank: pid} of the processes that torchrun started."""
+        found = {}
+        for pid in descendants(self.process.pid):
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            found |= {int(v[5:]): pid for v in variables if v.startswith(b"RANK=")}
+        return found
+
+    def kill(self):
+        """SIGKILL to the whole tree at once, as when a machine goes down."""
+        for pid in [self.process.pid, *descendants(self.process.pid)]:
+            os.kill(pid, signal.SIGKILL)
+        return self.process.wait(10)
+
+
+def descendants(pid):
+    """Children of `pid` and theirs. torchrun gives each rank its own process group."""
+    children = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            words = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has just ended
+            continue
+        children.setdefault(int(words[1]), []).append(int(stat.parent.name))
+    found, new = [], [pid]
+    while new:
+        new = [child for parent in new for child in children.get(parent, [])]
+        found += new
+    return found
+
+
+def run(script, processes, *flags, timeout=120):
+    """Run to the end, which must be a good one. Returns stdout and stderr."""
+    with Run(script, processes, *flags) as started:
+        code, out, err = started.finish(timeout)
+    assert code == 0, f"{command(script, processes, *flags)} gave {code}:\n{err[-3000:]}"
+    return out, err
+
+
+def checkpoints(run_dir):
+    """Complete checkpoints, the oldest first."""
+    return sorted((run_dir / "checkpoints").glob("*[0-9]"))
+
+
+def rows(run_dir):
+    """metrics.csv without what depends on the clock: a list of (step, key, value)."""
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        table = list(csv.reader(file))
+    assert table[0] == ["step", "key", "value"]
+    return [(int(s), key, float(value)) for s, key, value in table[1:] if key not in TIMES]
+
+
+def content(checkpoint):
+    """{path: leaf} of everything in a checkpoint, less the arguments of the run."""
+    leaves = {}
+    for file in sorted(checkpoint.rglob("*.pt")):
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        collect(saved, file.name, leaves)
+    for file in sorted(checkpoint.rglob("*.safetensors")):
+        collect(load_file(file), file.name, leaves)
+    assert any(isinstance(leaf, torch.Tensor) for leaf in leaves.values())
+    own = re.compile(r"/(args|log_size)(/|$)")  # of this folder and of this run's clock
+    return {path: leaf for path, leaf in leaves.items() if not own.search(path)}
+
+
+def collect(tree, path, leaves):
+    if isinstance(tree, dict | list | tuple):
+        pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        for key, child in pairs:
+            collect(child, f"{path}/{key}", leaves)
+    else:
+        leaves[path] = tree
+
+
+def assert_same_run(run_dir, other):
+    """Equal to the last bit: everything in the last checkpoint, and the logs."""
+    mine, theirs = checkpoints(run_dir)[-1], checkpoints(other)[-1]
+    assert mine.name == theirs.name
+    a, b = content(mine), content(theirs)
+    assert a.keys() == b.keys()
+    different = [path for path in a if not same(a[path], b[path])]
+    assert not different, f"{len(different)} of {len(a)} leaves differ: {different[:5]}"
+    assert rows(run_dir) == rows(other)
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        equal = isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape
+        # by bytes, so that a NaN equals itself and 0.0 is not -0.0
+        return equal and a.contiguous().numpy().tobytes() == b.contiguous().numpy().tobytes()
+    return type(a) is type(b) and repr(a) == repr(b)
+
+
+def digests(folder):
+    """{path: digest} of all files, to see that nothing was touched."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
