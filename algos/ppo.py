@@ -56,7 +56,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python algos/ppo.py`
 
-from envs import UserError
+from envs import UserError, report_user_error
 from envs.make import make_env, make_vector_env
 from envs.state import set_vector_env_state, vector_env_state
 
@@ -354,20 +354,19 @@ def evaluate_and_log(checkpoint, step, log, args):
 def rng_state(device):
     """State of every random generator of this process, in types that torch.load takes."""
     name, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    }
+    state = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    state["numpy"] = (name, torch.from_numpy(keys.astype(np.int64)), *rest)
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
 
 
 def set_rng_state(state, device):
-    random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and state["cuda"] is not None:
+    if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
@@ -400,13 +399,24 @@ def save_checkpoint(run_dir, step, state):
             unfinished.rename(path)
             for old in sorted(path.parent.glob("*[0-9]"))[:-2]:
                 shutil.rmtree(old)
-            size = sum(file.stat().st_size for file in path.iterdir())
-            if shutil.disk_usage(path).free < 3 * size:
-                raise OSError(f"less than {3 * size / 1e6:.1f} MB free")
+            missing = 3 - len(list(path.parent.iterdir()))  # two are kept while one is written
+            needed = missing * sum(file.stat().st_size for file in path.iterdir())
+            if shutil.disk_usage(path).free < needed:
+                raise OSError(f"the disk has less than the {needed / 1e6:.1f} MB that it will take")
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise UserError(f"--run-dir: cannot write {path}: {error}") from error
     dist.barrier()
     return path
+
+
+def damage(path):
+    """What is wrong with a checkpoint; None if nothing is."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        altered = [name for name, digest in manifest.items() if sha256(path / name) != digest]
+        return f"{altered[0]} is altered or cut off" if altered else None
+    except (OSError, ValueError) as error:
+        return str(error)
 
 
 def find_checkpoint(run_dir, resume):
@@ -415,23 +425,26 @@ def find_checkpoint(run_dir, resume):
     Raises UserError where a new run would overwrite another one, and where the checkpoint named
     is damaged or belongs to another number of processes.
     """
-    if resume is None and (run_dir / "args.json").exists():
-        raise UserError(f"{run_dir} holds a run: --resume auto continues it; or give a --run-dir")
+    found = [None, None]  # path, error: rank 0 looks, as all must find the same
     paths = sorted((run_dir / "checkpoints").glob("*[0-9]"), reverse=True)
-    for path in paths if resume == "auto" else [Path(resume)] if resume else []:
-        try:
-            manifest = json.loads((path / "manifest.json").read_text())
-            damage = [name for name, digest in manifest.items() if sha256(path / name) != digest]
-        except (OSError, ValueError) as error:
-            damage = [error]
-        if not damage and len(manifest) != dist.get_world_size():
-            raise UserError(f"{path} was written by {len(manifest)} processes: start as many")
-        if not damage:
-            return path
-        if resume != "auto":
-            raise UserError(f"--resume {path}: damaged ({damage[0]})")
-        print(f"checkpoint {path} is damaged ({damage[0]}), trying the one before", file=sys.stderr)
-    return None
+    if resume is None and (run_dir / "args.json").exists():
+        found[1] = f"{run_dir} holds a run: --resume auto continues it; or give a --run-dir"
+    elif resume is not None and dist.get_rank() == 0:
+        for path in paths if resume == "auto" else [Path(resume)]:
+            flaw, processes = damage(path), len(list(path.glob("rank*.pt")))
+            if flaw is None and processes == dist.get_world_size():
+                found = [path, None]
+                break
+            found[1] = f"{path} was written by {processes} processes: start as many"
+            found[1] = f"--resume {path}: damaged ({flaw})" if flaw else found[1]
+            if flaw is None or resume != "auto":
+                break
+            print(f"checkpoint {path} is damaged ({flaw}): trying the one before", file=sys.stderr)
+            found[1] = None
+    dist.broadcast_object_list(found)
+    if found[1]:
+        raise UserError(found[1])
+    return found[0]
 
 
 def load_checkpoint(path, args):
@@ -453,58 +466,49 @@ class RunLog:
         if not self.active:
             return
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-        record = {"args": plain_args(args), "argv": sys.argv, "python": sys.version}
-        record["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        record["packages"] = {d.name: d.version for d in importlib.metadata.distributions()}
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        packages = {d.name: d.version for d in importlib.metadata.distributions()}
+        record = {"args": plain_args(args), "commit": commit, "packages": packages}
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "args.json").write_text(json.dumps(record, indent=1))
             self.file = (run_dir / "metrics.csv").open("a")
+            self.tracker = importlib.import_module(args.track) if args.track else None
         except OSError as error:
             raise UserError(f"--run-dir {run_dir}: {error.strerror}; choose another") from error
+        except ImportError as error:
+            raise UserError(f"--track {args.track}: pip install {args.track}") from error
         self.file.truncate(size)
-        if size == 0:
-            self.file.write("step,key,value\n")
+        self.file.write("" if size else "step,key,value\n")
         self.board = SummaryWriter(str(run_dir))
-        self.tracker = importlib.import_module(args.track) if args.track else None
         if self.tracker:
             self.tracker.init(project="folio", name=run_dir.name, config=plain_args(args))
 
     def add(self, step, metrics):
-        if self.active:
-            for key, value in metrics.items():
-                self.file.write(f"{step},{key},{value:.8g}\n")
-                self.board.add_scalar(key, value, step)
-            if self.tracker:
-                self.tracker.log(metrics, step=step)
+        for key, value in metrics.items() if self.active else ():
+            self.file.write(f"{step},{key},{value:.8g}\n")
+            self.board.add_scalar(key, value, step)
+        if self.active and self.tracker:
+            self.tracker.log(metrics, step=step)
 
     def size(self):
-        """Bytes of metrics.csv so far, all of them on disk."""
-        if not self.active:
-            return 0
-        self.file.flush()
-        return self.file.tell()
+        """Bytes of metrics.csv so far, all of them written out."""
+        if self.active:
+            self.file.flush()
+        return self.file.tell() if self.active else 0
 
 
-class StopSignal:
-    """Remembers SIGINT and SIGTERM for the end of the update; a second one ends at once."""
+def catch_signals():
+    """A list that gets SIGINT or SIGTERM, to be read between updates; a second one ends at once."""
+    caught = []
 
-    def __init__(self):
-        self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.remember)
-
-    def remember(self, number, frame):
-        self.number = number
+    def remember(number, frame):
+        caught.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-
-def report_user_error(kind, error, traceback):
-    """sys.excepthook: a UserError is one line, everything else keeps its traceback."""
-    if issubclass(kind, UserError):
-        print(f"error: {error}", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, traceback)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, remember)
+    return caught
 
 
 # TRAIN ===========================================================================================
@@ -542,13 +546,6 @@ def gather_lists(items):
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
-
-
-def agree(flags, device):
-    """The largest value of each flag over all processes, so that all of them act alike."""
-    flags = torch.tensor(flags, dtype=torch.int64, device=device)
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return flags.tolist()
 
 
 def normalize_advantages(advantages):
@@ -645,7 +642,7 @@ def main(args):
         whole |= {"envs": vector_env_state(envs), "rng": rng_state(device)}
         return save_checkpoint(run_dir, iteration * batch_steps, whole)
 
-    log, stop, last_save = RunLog(run_dir, args, log_size), StopSignal(), time.monotonic()
+    log, stop, last_save = RunLog(run_dir, args, log_size), catch_signals(), time.monotonic()
     path = path or checkpoint()  # a directory that cannot hold the run shows now, not in an hour
     recent = deque(maxlen=100)
     total = num_iterations * batch_steps
@@ -677,7 +674,9 @@ def main(args):
 
         save = time.monotonic() - last_save >= args.save_every or iteration == num_iterations
         save |= args.eval_every > 0 and iteration % args.eval_every == 0
-        save, signal_number = agree([save, stop.number], device)
+        flags = torch.tensor([save, max(stop, default=0)], dtype=torch.int64, device=device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)  # all processes must act alike
+        save, signal_number = flags.tolist()
         if save or signal_number:
             path, last_save = checkpoint(), time.monotonic()
         if signal_number:

@@ -7,12 +7,13 @@ al., Hugging Face blog, 2023 (D1); PPO itself is arXiv 1707.06347.
 One update samples a response y of at most T tokens to each prompt x, scores it, and takes K epochs
 of clipped steps on it. A token is an action, its reward is the KL penalty, the score comes last:
 
-    r_t = -beta (log pi_old(y_t) - log pi_ref(y_t)) + [t = min(e + 1, T - 1)] score(x, y)       (1)
-    delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lambda A_{t+1},   R = A + V    (2)
-    A <- (A - mean A) / std A   over the tokens of all processes                                (3)
-    L_pi = -E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)],   rho = pi(y_t) / pi_old(y_t)         (4)
-    L_v = E[max((V - R)^2, (V_old + clip(V - V_old, -eps_v, eps_v) - R)^2)] / 2                 (5)
-    beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon)   if there is a target      (6)
+    delta_t = r_t + gamma V_{t+1} - V_t                                                         (1)
+    A_t = delta_t + gamma lambda A_{t+1},   R_t = A_t + V_t                                     (2)
+    r_t = -beta (log pi_old(y_t) - log pi_ref(y_t)) + [t = min(e + 1, T - 1)] score(x, y)       (3)
+    A <- (A - mean A) / std A   over the tokens of all processes                                (4)
+    L_pi = -E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)],   rho = pi(y_t) / pi_old(y_t)         (5)
+    L_v = E[max((V - R)^2, (V_old + clip(V - V_old, -eps_v, eps_v) - R)^2)] / 2                 (6)
+    beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon)   if there is a target      (7)
 
 e is the place of the end-of-sequence token (EOS). The score is paid in the state after it, so that
 the value of that state learns to predict it. All probabilities are those at the temperature of the
@@ -20,16 +21,15 @@ sampler, nothing has dropout, and a response without EOS gets a fixed low score.
 
 Run:  torchrun --standalone --nproc_per_node 2 algos/ppo_rlhf_fsdp.py
       python algos/ppo_rlhf_fsdp.py --resume auto
-      torchrun --standalone --nproc_per_node 8 algos/ppo_rlhf_fsdp.py --model M --reward-model R
-          --data D --bf16 --activation-checkpointing --offload-frozen
+      torchrun --nproc_per_node 8 algos/ppo_rlhf_fsdp.py --model M --reward-model R --data D --bf16
 
 Differs from the paper: none known.
 Differs from the authors' code: sampling stops at EOS instead of at T tokens; advantages and rewards
     are whitened over all processes, not in each; losses are means over the tokens of the whole
     minibatch, not means of micro-batch means; weight decay is 0 (AdamW's default 0.01 was left on).
 
-Shapes: B responses of this process, T tokens of the longest response, L columns of prompt and
-response, M rows of a micro-batch.
+Shapes: B responses of this process, T tokens of the longest one, L columns of prompt and response,
+M rows of a micro-batch.
 """
 
 import copy
@@ -37,6 +37,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import random
 import shutil
@@ -44,7 +45,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -60,16 +60,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from transformers import set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python algos/ppo_rlhf_fsdp.py`
 
-from rlhf import UserError
-from rlhf.evaluate import metrics_table, plot_training, samples_table, summarize
+from rlhf import UserError, report_user_error
+from rlhf.batches import micro_batches, response_batch, response_texts
+from rlhf.evaluate import report, rollout_metrics, summarize
 from rlhf.logprobs import check_head, completion_logprobs
 from rlhf.reward_model import load_reward_model, score_texts
 from rlhf.sampler import generate
 from rlhf.sft import load_causal_lm
-from rlhf.tasks import load_prompts, pad_token_id, score, stop_token_ids
+from rlhf.tasks import load_prompts, pad_token_id, score, score_together, stop_token_ids
 from rlhf.tiny_lm import prepare
 
 # ARGS ============================================================================================
@@ -116,11 +118,11 @@ class Args:
     critic_learning_rate: float | None = None
     """the critic's own step size; the same as the policy's if not given, as in the paper"""
     kl_coef: float = 0.05
-    """beta of eq. (1), at the start if it adapts"""
+    """beta of eq. (3), at the start if it adapts"""
     kl_target: float | None = None
-    """KL divergence per response that beta adapts to, eq. (6); D1: 6; fixed beta if not given"""
+    """KL divergence per response that beta adapts to, eq. (7); D1: 6; fixed beta if not given"""
     kl_horizon: float = 10_000
-    """responses over which beta adapts, eq. (6)"""
+    """responses over which beta adapts, eq. (7)"""
     missing_eos_score: float | None = -1.0
     """score of a response without EOS, in place of its own; None keeps its own"""
     temperature: float = 0.7
@@ -130,9 +132,9 @@ class Args:
     gae_lambda: float = 0.95
     """lambda of generalized advantage estimation, eq. (2)"""
     clip_coef: float = 0.2
-    """eps of eq. (4)"""
+    """eps of eq. (5)"""
     vclip_coef: float = 0.2
-    """eps_v of eq. (5)"""
+    """eps_v of eq. (6)"""
     vf_coef: float = 0.1
     """weight of the value loss"""
     whiten_rewards: bool = False
@@ -147,8 +149,6 @@ class Args:
     """recompute the activations of each layer in the backward pass"""
     offload_frozen: bool = False
     """keep reference and reward model in host memory"""
-    rollout_slots: int | None = None
-    """responses sampled side by side on a process; all of them if not given"""
     eval_prompts: int = 128
     """held-out prompts of an evaluation"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -167,38 +167,19 @@ class Args:
     def __post_init__(self):
         parts = int(os.environ.get("WORLD_SIZE", 1)) * self.num_minibatches
         if self.batch_size < 1 or self.batch_size % parts:
-            raise UserError(
-                f"--batch-size {self.batch_size}: not a multiple of {parts} "
-                "(processes times --num-minibatches)"
-            )
+            what = f"{parts}, processes times --num-minibatches"
+            raise UserError(f"--batch-size {self.batch_size}: not a multiple of {what}")
         if self.total_episodes < self.batch_size:
-            raise UserError(
-                f"--total-episodes {self.total_episodes}: less than one update "
-                f"(--batch-size {self.batch_size})"
-            )
+            raise UserError(f"--total-episodes {self.total_episodes} is not one update")
         if self.reward and self.reward_model:
             raise UserError(f"--reward {self.reward} and --reward-model {self.reward_model}: one")
-        if (self.model or self.data) and not (self.reward or self.reward_model):
-            raise UserError("--model and --data need --reward or --reward-model")
         if self.model and not self.data:
             raise UserError(f"--model {self.model} needs --data, the prompts")
-        if self.temperature <= 0:
-            raise UserError(f"--temperature {self.temperature}: must be above 0")
+        if self.data and not (self.reward or self.reward_model):
+            raise UserError(f"--data {self.data} needs --reward or --reward-model")
 
 
 # NETWORKS ========================================================================================
-
-
-class Policy(nn.Module):
-    """A causal language model that returns log-probabilities and never the logits."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids, positions, temperature):
-        """ids (M, L), tokens to score (M, L) -> log-probabilities and entropies (M, L)."""
-        return completion_logprobs(self.model, input_ids, positions, temperature)
 
 
 class Critic(nn.Module):
@@ -210,19 +191,12 @@ class Critic(nn.Module):
 
     def __init__(self, policy_model: nn.Module, scorer: nn.Module | None, same_tokens: bool):
         super().__init__()
-        self.head = nn.Linear(policy_model.config.get_text_config().hidden_size, 1)
+        self.trunk = copy.deepcopy((scorer.model if same_tokens else policy_model).base_model)
+        self.head = nn.Linear(self.trunk.config.get_text_config().hidden_size, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.trunk = copy.deepcopy((scorer.model if same_tokens else policy_model).base_model)
         if same_tokens:
-            mean = getattr(scorer.config, "score_mean", 0.0)
-            std = getattr(scorer.config, "score_std", 1.0)
-            source = scorer.model.score
-            self.head = nn.Linear(source.in_features, 1)
-            self.head.weight.data.copy_(source.weight / std)
-            self.head.bias.data.fill_(-mean / std)
-            if source.bias is not None:
-                self.head.bias.data += source.bias.data / std
+            self.head.load_state_dict(scorer.normalized_head())
 
     def forward(self, input_ids):
         """ids (M, L) -> values (M, L), float32."""
@@ -231,14 +205,19 @@ class Critic(nn.Module):
 
 
 class ActorCritic(nn.Module):
-    """Policy and critic share nothing but the root of FSDP, so that one backward serves both."""
+    """A causal language model, and a critic that shares nothing with it but the root of FSDP."""
 
-    def __init__(self, policy: Policy, critic: Critic):
+    def __init__(self, model: nn.Module, critic: Critic | None):
         super().__init__()
-        self.policy, self.critic = policy, critic
+        self.model, self.critic = model, critic
 
     def forward(self, input_ids, positions, temperature):
-        return *self.policy(input_ids, positions, temperature), self.critic(input_ids)
+        """ids (M, L), tokens to score (M, L) -> log-probs, entropies and, with a critic, values.
+
+        Each is (M, L). The logits of a whole sequence never exist.
+        """
+        outputs = completion_logprobs(self.model, input_ids, positions, temperature)
+        return outputs if self.critic is None else (*outputs, self.critic(input_ids))
 
 
 def shard(module: nn.Module, mesh, args: Args, frozen: bool = False) -> dict[str, torch.Tensor]:
@@ -249,37 +228,36 @@ def shard(module: nn.Module, mesh, args: Args, frozen: bool = False) -> dict[str
     """
     module.eval()  # no dropout, or the first ratio would not be 1
     module.requires_grad_(not frozen)
-    module.to(mesh.device_type)
-    compute_dtype = torch.bfloat16 if args.bf16 else None
-    options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(compute_dtype, torch.float32)}
+    dtype = None if frozen else torch.float32
+    precision = MixedPrecisionPolicy(torch.bfloat16 if args.bf16 else None, torch.float32)
+    options = {"mesh": mesh, "mp_policy": precision}
     if frozen and args.offload_frozen:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
-    kinds = [getattr(part, "_no_split_modules", None) or () for part in module.modules()]
-    kinds = {kind for part in kinds for kind in part}
+    kinds = {k for part in module.modules() for k in getattr(part, "_no_split_modules", None) or ()}
     for parent in list(module.modules()):
         for name, layer in list(parent.named_children()):
             if type(layer).__name__ in kinds:
                 if args.activation_checkpointing and not frozen:
                     layer = checkpoint_wrapper(layer)
                     setattr(parent, name, layer)
-                fully_shard(layer, **options)
-    fully_shard(module, **options)  # with embedding and head, so that tied ones stay tied
-    named = module.named_parameters()
-    return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in named}
+                fully_shard(layer.to(dtype), **options)  # goes to its device here, one by one
+    fully_shard(module.to(dtype), **options)  # with embedding and head, so that tied ones stay tied
+    wrapper = "_checkpoint_wrapped_module."
+    return {name.replace(wrapper, ""): p for name, p in module.named_parameters()}
 
 
 @torch.no_grad()
 def update_replica(replica: nn.Module, parameters: dict[str, torch.Tensor]) -> None:
     """Copy the policy's weights into the whole model that samples; every process takes part."""
     for name, target in replica.named_parameters():
-        target.copy_(parameters[f"policy.model.{name}"].full_tensor())
+        target.copy_(parameters[f"model.{name}"].full_tensor())
 
 
 # LOSSES ==========================================================================================
 
 
 def token_rewards(logprobs, ref_logprobs, scores, lengths, kl_coef):
-    """Eq. (1): (B, T), (B, T), (B,), (B,) -> (B, T); both log-probs 0 behind the end."""
+    """Eq. (3): (B, T), (B, T), (B,), (B,) -> (B, T); both log-probs 0 behind the end."""
     rewards = -kl_coef * (logprobs - ref_logprobs)
     # PITFALL: one step after the EOS, where there is room; lengths count the EOS, so that is T_i.
     last = lengths.clamp(max=rewards.shape[1] - 1)
@@ -314,30 +292,27 @@ def gae(rewards, values, next_values, terminations, truncations, gamma, gae_lamb
     return advantages, advantages + values
 
 
-def policy_loss(logprobs, old_logprobs, advantages, mask, clip_coef):
-    """Eq. (4); tensors (M, T). Returns sums over the masked tokens: loss, KL and clipped ones."""
-    logratio = (logprobs - old_logprobs) * mask
+def token_ppo_loss(logprobs, entropy, values, mb, args):
+    """Eqs. (5) and (6) on a micro-batch; tensors (M, T), 0 outside of the response.
+
+    Returns sums, to be divided by the tokens of the whole minibatch: policy loss, entropy, KL to
+    the old policy, clipped tokens (4,); and by its states, one more a response: value loss (1,).
+    """
+    mask, eps, eps_v = mb["mask"], args.clip_coef, args.vclip_coef
+    logratio = logprobs - mb["logprobs"]
     ratio = logratio.exp()
-    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
-    loss = -(torch.min(advantages * ratio, advantages * clipped) * mask).sum()
-    outside = ((ratio - 1).abs() > clip_coef) * mask
-    return loss, (ratio - 1 - logratio).detach().sum(), outside.sum()
-
-
-def value_loss(values, old_values, returns, mask, clip_coef):
-    """Eq. (5), summed over the masked tokens; tensors (M, T)."""
-    clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
-    error = torch.max((values - returns).square(), (clipped - returns).square())
-    return 0.5 * (error * mask).sum()
+    gain = torch.min(mb["advantages"] * ratio, mb["advantages"] * ratio.clamp(1 - eps, 1 + eps))
+    clipped = mb["values"] + (values - mb["values"]).clamp(-eps_v, eps_v)
+    error = torch.max((values - mb["returns"]).square(), (clipped - mb["returns"]).square())
+    parts = [-gain * mask, entropy, ratio - 1 - logratio, ((ratio - 1).abs() > eps) * mask]
+    return torch.stack([part.sum() for part in parts]), 0.5 * (error * mb["value_mask"]).sum()[None]
 
 
 def compute_advantages(batch, rewards, args) -> None:
-    """Eqs. (2) and (3): add advantages and returns (B, T) to a batch; rewards (B, T)."""
+    """Eqs. (1), (2) and (4): add advantages and returns (B, T) to a batch; rewards (B, T)."""
     values = batch["values"]
     next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)  # V_T = 0
-    never = torch.zeros_like(
-        batch["mask"]
-    )  # behind its end a response has neither reward nor value
+    never = torch.zeros_like(batch["mask"])  # no boundary: behind its end a response is all 0
     columns = [x.T for x in (rewards, values, next_values, never, never)]
     advantages, returns = gae(*columns, args.gamma, args.gae_lambda)
     batch["returns"] = returns.T.contiguous()
@@ -345,7 +320,7 @@ def compute_advantages(batch, rewards, args) -> None:
 
 
 def adapt_kl_coef(kl_coef, kl, kl_target, n, horizon):
-    """Eq. (6)."""
+    """Eq. (7)."""
     return kl_coef * (1 + min(max(kl / kl_target - 1, -0.2), 0.2) * n / horizon)
 
 
@@ -353,120 +328,60 @@ def adapt_kl_coef(kl_coef, kl, kl_target, n, horizon):
 
 
 def prompt_batch(records: list[dict], update: int, args: Args) -> list[dict]:
-    """The prompts of an update on this process: a slice of an endless series of shuffled epochs.
+    """This process's prompts of an update: a slice of an endless series of shuffled epochs.
 
     It follows from seed and update alone, so a resumed run goes on where it was.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    places = range(update * args.batch_size + rank, (update + 1) * args.batch_size, world_size)
-    orders = {}
-    for epoch in {place // len(records) for place in places}:
-        orders[epoch] = np.random.default_rng([args.seed, epoch]).permutation(len(records))
-    return [records[orders[place // len(records)][place % len(records)]] for place in places]
-
-
-def micro_batches(lengths: torch.Tensor, budget: int) -> Iterator[tuple[torch.Tensor, bool]]:
-    """Rows of about equal length that fit a token budget: pairs (rows, whether they count).
-
-    PITFALL: every process must run equally many forwards, or the others wait for ever in FSDP's
-    gathers; a process that has fewer repeats a row that does not count.
-    """
-    groups, group = [], []
-    for row in lengths.argsort(stable=True).tolist():
-        if group and (len(group) + 1) * lengths[row] > budget:
-            groups.append(group)
-            group = []
-        group.append(row)
-    groups.append(group)
-    (most,) = agree([len(groups)], lengths.device)
-    for i in range(most):
-        rows = groups[i] if i < len(groups) else groups[0][:1]
-        yield torch.tensor(rows, device=lengths.device), i < len(groups)
-
-
-def select(batch: dict, rows: torch.Tensor, counts: bool = True) -> dict:
-    """Rows of a batch, cut to their longest sequence; with empty masks where they do not count."""
-    mb = {name: tensor[rows] for name, tensor in batch.items()}
-    mb["input_ids"] = mb["input_ids"][:, : int((mb["prompt_lengths"] + mb["lengths"]).max())]
-    if not counts:
-        mb["mask"], mb["value_mask"] = mb["mask"] & False, mb["value_mask"] & False
-    return mb
+    n, world_size = len(records), dist.get_world_size()
+    first = update * args.batch_size
+    places = range(first + dist.get_rank(), first + args.batch_size, world_size)
+    epochs = {place // n for place in places}
+    orders = {e: np.random.default_rng([args.seed, e]).permutation(n) for e in epochs}
+    return [records[orders[place // n][place % n]] for place in places]
 
 
 # ROLLOUT =========================================================================================
 
 
 def respond(replica, tokenizer, records, seed, args) -> tuple[dict, list[str]]:
-    """Sample a response to each record. Returns a batch of tensors, rows (B, ...), and the texts.
-
-    input_ids (B, L): prompt, response, padding; prompt_lengths, lengths (B,), the latter with the
-    EOS; mask (B, T): the tokens of a response; value_mask (B, T): these and the state after the
-    EOS; stopped (B,); sampled_logprobs (B, T).
-    """
-    device = next(replica.parameters()).device
-    T, B = args.response_length, len(records)
+    """Sample a response to each record. Returns a batch (see rlhf/batches.py) and the texts."""
+    prompts = [record["ids"] for record in records]
     completions = generate(
         replica,
-        [record["ids"] for record in records],
-        max_new_tokens=T,
+        prompts,
+        max_new_tokens=args.response_length,
         stop_ids=stop_token_ids(tokenizer, args.stop),
         pad_id=pad_token_id(tokenizer),
         temperature=args.temperature,
-        slots=args.rollout_slots,
-        generator=torch.Generator(device).manual_seed(seed),
+        generator=torch.Generator(replica.device).manual_seed(seed),
     )
-    prompt_lengths = torch.tensor([len(record["ids"]) for record in records], device=device)
-    rows, texts = [], []
-    lengths, stopped = completions.lengths.tolist(), completions.stopped.tolist()
-    for i, tokens in enumerate(completions.tokens.tolist()):
-        rows.append(torch.tensor(records[i]["ids"] + tokens[: lengths[i]]))
-        words = tokens[: lengths[i] - stopped[i]]  # without the token that ended it
-        texts.append(tokenizer.decode(words, skip_special_tokens=True))
-    t = torch.arange(T, device=device)
-    sampled = torch.zeros(B, T, device=device)
-    sampled[:, : completions.logprobs.shape[1]] = completions.logprobs
-    batch = {
-        "input_ids": nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device),
-        "prompt_lengths": prompt_lengths,
-        "lengths": completions.lengths,
-        "mask": t < completions.lengths[:, None],
-        "value_mask": t < completions.lengths[:, None] + 1,
-        "stopped": completions.stopped,
-        "sampled_logprobs": sampled,
-    }
-    return batch, texts
+    batch = response_batch(prompts, completions, args.response_length)
+    return batch, response_texts(tokenizer, completions)
 
 
-def score_responses(records, texts, task, scorer, scorer_tokenizer, device) -> list[float]:
-    """Scores of responses by the task's reward function or the reward model."""
-    if task.reward is None:
-        prompts = [record["prompt"] for record in records]
-        scores = score_texts(scorer, scorer_tokenizer, prompts, texts, device=device)
-        scorer.reshard()
-        return scores.tolist()
-    try:
-        scores, errors = score(task.reward, records, texts), []
-    except UserError as error:
-        scores, errors = [], [str(error)]
-    errors = gather_lists(errors)  # all processes end, with the message of the first
-    if errors:
-        raise UserError(errors[0])
-    return scores
+def score_responses(records, texts, task, scorer, scorer_tokenizer, device) -> torch.Tensor:
+    """Scores (B,) of responses by the task's reward function or the reward model."""
+    if task.reward is not None:
+        return torch.tensor(score_together(task.reward, records, texts), device=device)
+    prompts = [record["prompt"] for record in records]
+    scores = score_texts(scorer, scorer_tokenizer, prompts, texts, device=device)
+    scorer.reshard()
+    return scores.to(device)
 
 
 def response_tokens(module, mb, temperature):
-    """Outputs of Policy or ActorCritic, cut to the response: each (M, T), 0 outside of its mask."""
-    columns = torch.arange(mb["input_ids"].shape[1], device=mb["mask"].device)
+    """Outputs of an ActorCritic, cut to the response: each (M, T), 0 outside of its mask."""
     start = mb["prompt_lengths"][:, None]
+    columns = torch.arange(mb["input_ids"].shape[1], device=start.device)
     positions = (columns >= start) & (columns < start + mb["mask"].sum(1, keepdim=True))
     # PITFALL: the state before token t is what the model knows after token t - 1
-    starts = (start, start, start - 1)
-    masks = (mb["mask"], mb["mask"], mb["value_mask"])
-    outputs = []
-    for x, first, mask in zip(module(mb["input_ids"], positions, temperature), starts, masks, strict=False):
-        places = first + torch.arange(mask.shape[1], device=mask.device)
-        outputs.append(x.gather(1, places.clamp(max=x.shape[1] - 1)) * mask)
-    return outputs
+    wanted = ((start, mb["mask"]), (start, mb["mask"]), (start - 1, mb["value_mask"]))
+    outputs = module(mb["input_ids"], positions, temperature)
+    t = torch.arange(mb["mask"].shape[1], device=start.device)
+    return [
+        output.gather(1, (first + t).clamp(max=len(columns) - 1)) * mask
+        for output, (first, mask) in zip(outputs, wanted, strict=False)
+    ]
 
 
 @torch.no_grad()
@@ -474,46 +389,22 @@ def score_tokens(actor_critic, reference, batch, args) -> None:
     """Add logprobs, entropy, values and ref_logprobs (B, T) to a batch."""
     names = ("logprobs", "entropy", "values", "ref_logprobs")
     batch |= {name: torch.zeros_like(batch["sampled_logprobs"]) for name in names}
-    lengths = batch["prompt_lengths"] + batch["lengths"]
-    for rows, counts in micro_batches(lengths, args.micro_batch_tokens):
-        mb = select(batch, rows, counts)
+    for mb, rows in micro_batches(batch, args.micro_batch_tokens):
         outputs = response_tokens(actor_critic, mb, args.temperature)
         outputs += response_tokens(reference, mb, args.temperature)[:1]
         for name, output in zip(names, outputs, strict=True):
-            if counts:
-                batch[name][rows] = output
+            batch[name][rows] = output[: len(rows)]
     actor_critic.reshard()
     reference.reshard()
-
-
-def rollout_metrics(batch, scores, rewards, kl_coef) -> dict[str, float]:
-    """Means over the responses of all processes."""
-    kl = (batch["logprobs"] - batch["ref_logprobs"]).sum(1)
-    lengths = batch["lengths"].float()
-    mismatch = (batch["logprobs"] - batch["sampled_logprobs"]).abs().sum(1)
-    columns = {
-        "score": scores,
-        "episodic_return": rewards.sum(1),  # score minus beta KL
-        "kl": kl,
-        "entropy": batch["entropy"].sum(1) / lengths,
-        "response_length": lengths,
-        "eos_rate": batch["stopped"].float(),
-        "sampler_mismatch": mismatch / lengths,
-    }
-    sums = torch.stack([torch.ones_like(scores), *columns.values()], dim=1).sum(0)
-    count, *sums = sum_over_processes(sums).tolist()
-    means = {f"charts/{name}": total / count for name, total in zip(columns, sums, strict=True)}
-    return means | {"charts/kl_coef": kl_coef}
 
 
 # EVALUATE ========================================================================================
 
 
-def evaluate(replica, models, task, tokenizer, baseline, args) -> tuple[list[dict], dict]:
-    """Held-out prompts, with the same noise at every call; every process has a share of them.
+def evaluate(replica, models, task, tokenizer, baseline, args) -> tuple[dict, dict]:
+    """Held-out prompts, with the same noise at every call. Returns lists over all, and a summary.
 
-    models: actor_critic, reference, scorer and its tokenizer. baseline: the responses of the call
-    before training, for the win rate. Returns the responses of all processes and their summary.
+    models: actor_critic, reference, scorer and its tokenizer. baseline: lists of the first call.
     """
     actor_critic, reference, scorer, scorer_tokenizer = models
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -523,30 +414,14 @@ def evaluate(replica, models, task, tokenizer, baseline, args) -> tuple[list[dic
     scores = score_responses(records, texts, task, scorer, scorer_tokenizer, replica.device)
     score_tokens(actor_critic, reference, batch, args)
     columns = {"prompts": [record["prompt"] for record in records], "texts": texts}
-    columns |= {
-        "rewards": scores,
-        "kl": (batch["logprobs"] - batch["ref_logprobs"]).sum(1).tolist(),
-    }
+    kl = (batch["logprobs"] - batch["ref_logprobs"]).sum(1)
+    columns |= {"rewards": scores.tolist(), "kl": kl.tolist()}
     columns |= {"gold": score(task.gold, records, texts)} if task.gold else {}
     columns |= {name: batch[name].tolist() for name in ("lengths", "stopped")}
     columns = {name: gather_lists(column) for name, column in columns.items()}
-    judged = {name: column for name, column in columns.items() if name not in ("prompts", "texts")}
-    for name in ("rewards", "gold"):
-        judged[f"baseline_{name}"] = baseline.get(name) if baseline else None
-    return columns, summarize(**judged)
-
-
-def finish(run_dir, path, replica, tokenizer, before, after, metrics) -> None:
-    """Print and save what came out: samples, the policy as an ordinary folder, the picture."""
-    columns = {"before": before["texts"], "after": after["texts"]}
-    print(samples_table(after["prompts"], columns, limit=3))
-    print(metrics_table(metrics))
-    unfinished = run_dir / "policy.partial"
-    replica.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    shutil.rmtree(run_dir / "policy", ignore_errors=True)
-    unfinished.rename(run_dir / "policy")
-    print(f"policy: {run_dir / 'policy'}\ncheckpoint: {path}\npicture: {plot_training(run_dir)}")
+    before = {f"baseline_{name}": (baseline or {}).get(name) for name in ("rewards", "gold")}
+    known = ("rewards", "gold", "kl", "lengths", "stopped")
+    return columns, summarize(**{name: columns.get(name) for name in known}, **before)
 
 
 # CHECKPOINT ======================================================================================
@@ -555,20 +430,19 @@ def finish(run_dir, path, replica, tokenizer, before, after, metrics) -> None:
 def rng_state(device):
     """State of every random generator of this process, in types that torch.load takes."""
     name, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    }
+    state = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    state["numpy"] = (name, torch.from_numpy(keys.astype(np.int64)), *rest)
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
 
 
 def set_rng_state(state, device):
-    random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and state["cuda"] is not None:
+    if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
@@ -595,11 +469,10 @@ def sharded_tensors(parameters, optimizer) -> dict[str, torch.Tensor]:
 
 def save_checkpoint(run_dir, step, state, tensors):
     # diverges: every process also writes its shards, by torch.distributed.checkpoint
-    """Write run_dir/checkpoints/STEP; keep the last two. Returns it.
+    """Write run_dir/checkpoints/STEP, a state and shards for each process; keep the last two.
 
-    state goes into a file for each process, the sharded tensors into safetensors files: unlike
-    the default format these need no pickle. The folder gets its name when it is complete: whatever
-    dies half-way, older checkpoints stay whole.
+    It gets its name when it is complete: whatever dies half-way, older checkpoints stay whole.
+    The shards are safetensors: the default format of torch.distributed.checkpoint needs pickle.
     """
     rank = dist.get_rank()
     path = run_dir / "checkpoints" / f"{step:012d}"
@@ -623,13 +496,24 @@ def save_checkpoint(run_dir, step, state, tensors):
             unfinished.rename(path)
             for old in sorted(path.parent.glob("*[0-9]"))[:-2]:
                 shutil.rmtree(old)
-            size = sum(file.stat().st_size for file in path.iterdir())
-            if shutil.disk_usage(path).free < 3 * size:
-                raise OSError(f"less than {3 * size / 1e6:.1f} MB free")
+            missing = 3 - len(list(path.parent.iterdir()))  # two are kept while one is written
+            needed = missing * sum(file.stat().st_size for file in path.iterdir())
+            if shutil.disk_usage(path).free < needed:
+                raise OSError(f"the disk has less than the {needed / 1e6:.1f} MB that it will take")
     except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
         raise UserError(f"--run-dir: cannot write {path}: {error}") from error
     dist.barrier()
     return path
+
+
+def damage(path):
+    """What is wrong with a checkpoint; None if nothing is."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        altered = [name for name, digest in manifest.items() if sha256(path / name) != digest]
+        return f"{altered[0]} is altered or cut off" if altered else None
+    except (OSError, ValueError) as error:
+        return str(error)
 
 
 def find_checkpoint(run_dir, resume):
@@ -638,23 +522,26 @@ def find_checkpoint(run_dir, resume):
     Raises UserError where a new run would overwrite another one, and where the checkpoint named
     is damaged or belongs to another number of processes.
     """
-    if resume is None and (run_dir / "args.json").exists():
-        raise UserError(f"{run_dir} holds a run: --resume auto continues it; or give a --run-dir")
+    found = [None, None]  # path, error: rank 0 looks, as all must find the same
     paths = sorted((run_dir / "checkpoints").glob("*[0-9]"), reverse=True)
-    for path in paths if resume == "auto" else [Path(resume)] if resume else []:
-        try:
-            manifest = json.loads((path / "manifest.json").read_text())
-            damage = [name for name, digest in manifest.items() if sha256(path / name) != digest]
-        except (OSError, ValueError) as error:
-            damage = [error]
-        if not damage and len(manifest) != dist.get_world_size():
-            raise UserError(f"{path} was written by {len(manifest)} processes: start as many")
-        if not damage:
-            return path
-        if resume != "auto":
-            raise UserError(f"--resume {path}: damaged ({damage[0]})")
-        print(f"checkpoint {path} is damaged ({damage[0]}), trying the one before", file=sys.stderr)
-    return None
+    if resume is None and (run_dir / "args.json").exists():
+        found[1] = f"{run_dir} holds a run: --resume auto continues it; or give a --run-dir"
+    elif resume is not None and dist.get_rank() == 0:
+        for path in paths if resume == "auto" else [Path(resume)]:
+            flaw, processes = damage(path), len(list(path.glob("rank*.pt")))
+            if flaw is None and processes == dist.get_world_size():
+                found = [path, None]
+                break
+            found[1] = f"{path} was written by {processes} processes: start as many"
+            found[1] = f"--resume {path}: damaged ({flaw})" if flaw else found[1]
+            if flaw is None or resume != "auto":
+                break
+            print(f"checkpoint {path} is damaged ({flaw}): trying the one before", file=sys.stderr)
+            found[1] = None
+    dist.broadcast_object_list(found)
+    if found[1]:
+        raise UserError(found[1])
+    return found[0]
 
 
 def load_checkpoint(path, args):
@@ -676,58 +563,49 @@ class RunLog:
         if not self.active:
             return
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-        record = {"args": plain_args(args), "argv": sys.argv, "python": sys.version}
-        record["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        record["packages"] = {d.name: d.version for d in importlib.metadata.distributions()}
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        packages = {d.name: d.version for d in importlib.metadata.distributions()}
+        record = {"args": plain_args(args), "commit": commit, "packages": packages}
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "args.json").write_text(json.dumps(record, indent=1))
             self.file = (run_dir / "metrics.csv").open("a")
+            self.tracker = importlib.import_module(args.track) if args.track else None
         except OSError as error:
             raise UserError(f"--run-dir {run_dir}: {error.strerror}; choose another") from error
+        except ImportError as error:
+            raise UserError(f"--track {args.track}: pip install {args.track}") from error
         self.file.truncate(size)
-        if size == 0:
-            self.file.write("step,key,value\n")
+        self.file.write("" if size else "step,key,value\n")
         self.board = SummaryWriter(str(run_dir))
-        self.tracker = importlib.import_module(args.track) if args.track else None
         if self.tracker:
             self.tracker.init(project="folio", name=run_dir.name, config=plain_args(args))
 
     def add(self, step, metrics):
-        if self.active:
-            for key, value in metrics.items():
-                self.file.write(f"{step},{key},{value:.8g}\n")
-                self.board.add_scalar(key, value, step)
-            if self.tracker:
-                self.tracker.log(metrics, step=step)
+        for key, value in metrics.items() if self.active else ():
+            self.file.write(f"{step},{key},{value:.8g}\n")
+            self.board.add_scalar(key, value, step)
+        if self.active and self.tracker:
+            self.tracker.log(metrics, step=step)
 
     def size(self):
-        """Bytes of metrics.csv so far, all of them on disk."""
-        if not self.active:
-            return 0
-        self.file.flush()
-        return self.file.tell()
+        """Bytes of metrics.csv so far, all of them written out."""
+        if self.active:
+            self.file.flush()
+        return self.file.tell() if self.active else 0
 
 
-class StopSignal:
-    """Remembers SIGINT and SIGTERM for the end of the update; a second one ends at once."""
+def catch_signals():
+    """A list that gets SIGINT or SIGTERM, to be read between updates; a second one ends at once."""
+    caught = []
 
-    def __init__(self):
-        self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.remember)
-
-    def remember(self, number, frame):
-        self.number = number
+    def remember(number, frame):
+        caught.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-
-def report_user_error(kind, error, traceback):
-    """sys.excepthook: a UserError is one line, everything else keeps its traceback."""
-    if issubclass(kind, UserError):
-        print(f"error: {error}", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, traceback)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, remember)
+    return caught
 
 
 # TRAIN ===========================================================================================
@@ -747,12 +625,6 @@ def setup_process(device):
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def seed_everything(seed):
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 def sum_over_processes(tensor):
     """In place; takes no time where there is one process."""
     if dist.get_world_size() > 1:
@@ -767,13 +639,6 @@ def gather_lists(items):
     return [item for part in parts for item in part]
 
 
-def agree(flags, device):
-    """The largest value of each flag over all processes, so that all of them act alike."""
-    flags = torch.tensor(flags, dtype=torch.int64, device=device)
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return flags.tolist()
-
-
 def update(actor_critic, optimizer, batch, args) -> dict[str, float]:
     """K epochs of minibatch steps on the responses of this process. Returns what to log.
 
@@ -784,37 +649,26 @@ def update(actor_critic, optimizer, batch, args) -> dict[str, float]:
     for _ in range(args.update_epochs):
         order = torch.randperm(len(batch["mask"]), device=batch["mask"].device)
         for minibatch_rows in order.chunk(args.num_minibatches):
-            minibatch = select(batch, minibatch_rows)
+            minibatch = {name: tensor[minibatch_rows] for name, tensor in batch.items()}
             counts = torch.stack([minibatch["mask"].sum(), minibatch["value_mask"].sum()])
             tokens, states = sum_over_processes(counts)
-            lengths = minibatch["prompt_lengths"] + minibatch["lengths"]
-            groups = list(micro_batches(lengths, args.micro_batch_tokens))
-            total = torch.zeros(5, device=batch["mask"].device)
-            for i, (rows, counted) in enumerate(groups):
-                mb = select(minibatch, rows, counted)
-                actor_critic.set_requires_gradient_sync(i == len(groups) - 1)
-                logprobs, entropy, values = response_tokens(actor_critic, mb, args.temperature)
-                pg_loss, approx_kl, clipfrac = policy_loss(
-                    logprobs, mb["logprobs"], mb["advantages"], mb["mask"], args.clip_coef
-                )
-                v_loss = value_loss(
-                    values, mb["values"], mb["returns"], mb["value_mask"], args.vclip_coef
-                )
-                pg_loss, v_loss = pg_loss / tokens, v_loss / states
-                ((pg_loss + args.vf_coef * v_loss) * world_size).backward()
-                rest = [x / tokens for x in (entropy.detach().sum(), approx_kl, clipfrac)]
-                total += torch.stack([pg_loss.detach(), v_loss.detach(), *rest])
+            parts = list(micro_batches(minibatch, args.micro_batch_tokens))
+            total = torch.zeros(5, device=tokens.device)
+            for i, (mb, _) in enumerate(parts):
+                actor_critic.set_requires_gradient_sync(i == len(parts) - 1)
+                outputs = response_tokens(actor_critic, mb, args.temperature)
+                token_sums, state_sums = token_ppo_loss(*outputs, mb, args)
+                means = torch.cat([token_sums / tokens, state_sums / states])
+                ((means[0] + args.vf_coef * means[4]) * world_size).backward()
+                total += means.detach()
             grad_norms = []
-            for module in (actor_critic.policy, actor_critic.critic):
-                grads = [p.grad for p in module.parameters()]
-                grad_norms.append(nn.utils.get_total_norm(grads).full_tensor())
-                if args.max_grad_norm is not None:
-                    scale = (args.max_grad_norm / (grad_norms[-1] + 1e-6)).clamp(max=1.0)
-                    torch._foreach_mul_([grad.to_local() for grad in grads], scale)
+            for group in optimizer.param_groups:
+                bound = math.inf if args.max_grad_norm is None else args.max_grad_norm
+                grad_norms.append(nn.utils.clip_grad_norm_(group["params"], bound).full_tensor())
             optimizer.step()
             optimizer.zero_grad()
             steps.append(torch.cat([sum_over_processes(total), torch.stack(grad_norms)]))
-    names = "policy_loss value_loss entropy approx_kl clipfrac grad_norm critic_grad_norm".split()
+    names = "policy_loss entropy approx_kl clipfrac value_loss grad_norm critic_grad_norm".split()
     means = torch.stack(steps).mean(0).tolist()
     return {f"losses/{name}": mean for name, mean in zip(names, means, strict=True)}
 
@@ -823,39 +677,36 @@ def main(args):
     rank, world_size, device = setup_process(args.device)
     run_dir = args.run_dir or Path("runs") / f"{Path(__file__).stem}__{args.seed}"
     path = find_checkpoint(run_dir, args.resume)
-    seed_everything(args.seed)
+    set_seed(args.seed)
 
     # The built-in world: a tiny model, stories, and a reward model of what readers prefer.
     tiny = None if args.model else prepare(response_tokens=args.response_length)
-    model, tokenizer = load_causal_lm(args.model or tiny.policy, args.trust_remote_code)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    model, tokenizer = load_causal_lm(args.model or tiny.policy, args.trust_remote_code, dtype)
     check_head(model)
     task = load_prompts(tokenizer, args)
     scorer = scorer_tokenizer = None
     if task.reward is None:
-        scorer, scorer_tokenizer = load_reward_model(
-            args.reward_model or tiny.reward_model, trust_remote_code=args.trust_remote_code
-        )
+        name, trust = args.reward_model or tiny.reward_model, args.trust_remote_code
+        scorer, scorer_tokenizer = load_reward_model(name, dtype, trust_remote_code=trust)
     same_tokens = scorer is not None and scorer_tokenizer.get_vocab() == tokenizer.get_vocab()
-    actor_critic = ActorCritic(Policy(model), Critic(model, scorer, same_tokens))
-    reference = Policy(copy.deepcopy(model))
+    actor_critic = ActorCritic(model, Critic(model, scorer, same_tokens))
+    reference = ActorCritic(copy.deepcopy(model), None)
     # Sampling reads all weights for every token, so each process samples from a whole copy.
-    replica = copy.deepcopy(model).to(device, torch.bfloat16 if args.bf16 else torch.float32)
+    replica = copy.deepcopy(model).to(device)
     mesh = init_device_mesh(device.type, (world_size,))
     parameters = shard(actor_critic, mesh, args)
     for frozen in (reference, scorer):
         if frozen is not None:
             shard(frozen, mesh, args, frozen=True)
-    lrs = {"policy": args.learning_rate}
-    lrs["critic"] = args.critic_learning_rate or args.learning_rate
-    groups = [
-        {"params": [p for name, p in parameters.items() if name.startswith(part)], "lr": lr}
-        for part, lr in lrs.items()
-    ]
+    lrs = (args.learning_rate, args.critic_learning_rate or args.learning_rate)
+    groups = [{"params": [p for n, p in parameters.items() if n.startswith("model.")]}]
+    groups += [{"params": [p for n, p in parameters.items() if n.startswith("critic.")]}]
     optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
     tensors = sharded_tensors(parameters, optimizer)
     models = (actor_critic, reference, scorer, scorer_tokenizer)
 
-    seed_everything(args.seed + 100_003 * rank)
+    set_seed(args.seed + 100_003 * rank)
     iteration, log_size, kl_coef, baseline = 0, 0, args.kl_coef, None
     if path:
         saved = load_checkpoint(path, args)
@@ -864,7 +715,7 @@ def main(args):
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
         update_replica(replica, parameters)
         set_rng_state(saved["rng"], device)
-    log, stop, last_save = RunLog(run_dir, args, log_size), StopSignal(), time.monotonic()
+    log, stop, last_save = RunLog(run_dir, args, log_size), catch_signals(), time.monotonic()
 
     def checkpoint():
         state = {"args": plain_args(args), "iteration": iteration, "log_size": log.size()}
@@ -878,14 +729,14 @@ def main(args):
     num_updates = args.total_episodes // args.batch_size
     bar = tqdm(total=num_updates, initial=iteration, unit="update", disable=rank > 0)
     while True:
-        evaluation_due = args.eval_every > 0 and iteration % args.eval_every == 0
-        if iteration == num_updates or (iteration > 0 and evaluation_due):
+        due = args.eval_every > 0 and iteration % args.eval_every == 0
+        if iteration == num_updates or (iteration > 0 and due):
             result, metrics = evaluate(replica, models, task, tokenizer, baseline, args)
             log.add(iteration * args.batch_size, metrics)
         if iteration == num_updates:
             break
         started = time.monotonic()
-        for group, lr in zip(optimizer.param_groups, lrs.values(), strict=True):
+        for group, lr in zip(optimizer.param_groups, lrs, strict=True):
             group["lr"] = lr * (1 - iteration / num_updates)
 
         # 1. generate
@@ -894,7 +745,6 @@ def main(args):
         batch, texts = respond(replica, tokenizer, records, seed, args)
         # 2. score
         scores = score_responses(records, texts, task, scorer, scorer_tokenizer, device)
-        scores = torch.tensor(scores, device=device)
         if args.missing_eos_score is not None:
             scores = torch.where(batch["stopped"], scores, args.missing_eos_score)
         # 3. KL
@@ -903,7 +753,7 @@ def main(args):
             batch["logprobs"], batch["ref_logprobs"], scores, batch["lengths"], kl_coef
         )
         # 4. advantages
-        metrics = rollout_metrics(batch, scores, rewards, kl_coef)
+        metrics = rollout_metrics(batch, scores, rewards) | {"charts/kl_coef": kl_coef}
         if args.whiten_rewards:
             rewards = whiten(rewards, batch["value_mask"], shift_mean=False)
         compute_advantages(batch, rewards, args)
@@ -923,20 +773,15 @@ def main(args):
         metrics["charts/tokens_per_second"] = tokens / (time.monotonic() - started)
         metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         log.add(iteration * args.batch_size, metrics)
-        shown = {
-            "reward": "charts/score",
-            "gold": "charts/gold",
-            "KL": "charts/kl",
-            "tokens/s": "charts/tokens_per_second",
-        }
-        bar.set_postfix(
-            {k: f"{metrics[v]:.3g}" for k, v in shown.items() if v in metrics}, refresh=False
-        )
+        shown = {"reward": "score", "KL": "kl", "tokens/s": "tokens_per_second"}
+        bar.set_postfix({k: f"{metrics[f'charts/{name}']:.3g}" for k, name in shown.items()})
         bar.update()
 
         save = time.monotonic() - last_save >= args.save_every or iteration == num_updates
         save |= args.eval_every > 0 and iteration % args.eval_every == 0
-        save, signal_number = agree([save, stop.number], device)
+        flags = torch.tensor([save, max(stop, default=0)], dtype=torch.int64, device=device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)  # all processes must act alike
+        save, signal_number = flags.tolist()
         if save or signal_number:
             path, last_save = checkpoint(), time.monotonic()
         if signal_number:
@@ -945,7 +790,8 @@ def main(args):
     bar.close()
     log.size()  # flush
     if rank == 0:
-        finish(run_dir, path, replica, tokenizer, baseline, result, metrics)
+        report(run_dir, replica, tokenizer, baseline, result, metrics)
+        print(f"checkpoint: {path}")
     dist.destroy_process_group()
 
 

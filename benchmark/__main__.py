@@ -2,10 +2,11 @@
 
 import sys
 
-from benchmark import speed, sync
+from benchmark import links, speed, sync
 from rlhf import UserError
 
 COMMANDS = {
+    "links": links.main,
     "speed": speed.main,
     "sync": sync.main,
 }

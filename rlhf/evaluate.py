@@ -11,6 +11,7 @@ without the KL beside it says little: D2's over-optimised seeds had a KL of 50 t
 """
 
 import json
+import shutil
 import statistics
 import sys
 from collections.abc import Sequence
@@ -18,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import tyro
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf import UserError
 from rlhf.logprobs import completion_logprobs
@@ -173,6 +175,30 @@ def summarize(
     return metrics
 
 
+def rollout_metrics(batch: dict[str, Tensor], scores: Tensor, rewards: Tensor) -> dict[str, float]:
+    """Means over the responses of all processes, for the log of a training script.
+
+    batch: see rlhf/batches.py, with logprobs, ref_logprobs and entropy (B, T); scores (B,) as
+    paid; rewards (B, T), the scores and the KL penalty of each token.
+    """
+    lengths = batch["lengths"].float()
+    mismatch = (batch["logprobs"] - batch["sampled_logprobs"]).abs()
+    columns = {
+        "score": scores,
+        "episodic_return": rewards.sum(1),
+        "kl": (batch["logprobs"] - batch["ref_logprobs"]).sum(1),
+        "entropy": batch["entropy"].sum(1) / lengths,
+        "response_length": lengths,
+        "eos_rate": batch["stopped"].float(),
+        "sampler_mismatch": mismatch.sum(1) / lengths,
+    }
+    means = torch.stack(list(columns.values())).mean(1)
+    if dist.is_initialized():
+        dist.all_reduce(means)
+        means /= dist.get_world_size()
+    return {f"charts/{name}": mean for name, mean in zip(columns, means.tolist(), strict=True)}
+
+
 def metrics_table(metrics: dict[str, float]) -> str:
     """Metrics as a Markdown table."""
     rows = [f"| {name.removeprefix('eval/')} | {value:.3f} |" for name, value in metrics.items()]
@@ -228,6 +254,21 @@ def plot_training(run_dir: Path) -> Path:
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
+
+
+def report(run_dir: Path, model, tokenizer, before: dict, after: dict, metrics: dict) -> None:
+    """What a training run ends with: printed samples, run_dir/policy and run_dir/training.png.
+
+    before, after: "prompts" and "texts" of the same held-out prompts; metrics: of `summarize`.
+    """
+    print(samples_table(after["prompts"], {"before": before["texts"], "after": after["texts"]}, 3))
+    print(metrics_table(metrics))
+    unfinished, folder = run_dir / "policy.partial", run_dir / "policy"
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+    print(f"policy: {folder}\npicture: {plot_training(run_dir)}")
 
 
 @dataclass

@@ -78,6 +78,14 @@ class ScoreModel(nn.Module):
     def config(self):
         return self.model.config
 
+    def normalized_head(self) -> dict[str, Tensor]:
+        """Weight (1, d) and bias (1,) of normalised scores, for a critic that starts here."""
+        mean = getattr(self.config, "score_mean", 0.0)
+        std = getattr(self.config, "score_std", 1.0)
+        weight, bias = self.model.score.weight, self.model.score.bias
+        bias = torch.zeros(1) if bias is None else bias.detach().float()
+        return {"weight": weight.detach().float() / std, "bias": (bias - mean) / std}
+
     def forward(self, input_ids: Tensor, last: Tensor) -> Tensor:
         """input_ids (B, L) padded on the right, last (B,) column of the EOS -> scores (B,)."""
         hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
@@ -238,6 +246,7 @@ def train_reward_model(
     learning_rate: float = 1e-5,
     schedule: str = "cosine",
     warmup: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
     bf16: bool = False,
     seed: int = 1,
     progress: bool = True,
@@ -253,7 +262,9 @@ def train_reward_model(
         raise UserError(f"{len(pairs)} pairs do not fill one batch of {batch_size}")
     device = next(model.parameters()).device
     model.eval()  # no dropout
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=learning_rate, betas=betas, eps=1e-5, fused=True
+    )
     per_epoch = len(pairs) // batch_size
     num_steps = max(1, round(epochs * per_epoch))
     generator = torch.Generator().manual_seed(seed)

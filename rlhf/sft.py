@@ -63,6 +63,7 @@ def train_sft(
     learning_rate: float = 1e-5,
     schedule: Literal["linear", "cosine"] = "cosine",
     warmup: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
     all_tokens: bool = False,
     bf16: bool = False,
     seed: int = 1,
@@ -80,7 +81,9 @@ def train_sft(
         raise UserError(f"{len(examples)} examples do not fill one batch of {batch_size}")
     device = next(model.parameters()).device
     model.eval()  # no dropout
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=learning_rate, betas=betas, eps=1e-5, fused=True
+    )
     per_epoch = len(examples) // batch_size
     num_steps = max(1, round(epochs * per_epoch))
     generator = torch.Generator().manual_seed(seed)

@@ -29,6 +29,8 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
+import torch.distributed as dist
+
 from rlhf import UserError
 
 RewardFunction = Callable[..., Sequence[float]]
@@ -62,12 +64,18 @@ GOOD_ADJECTIVES = (
 BAD_ADJECTIVES = "cold dark cruel grim bitter harsh gloomy rough sad bleak lonely dreadful".split()
 GOOD_DEEDS = "helps thanks greets hugs guides".split()
 BAD_DEEDS = "robs mocks tricks scares blames".split()
-# Each thing has verbs that suit it, and each place has scenery that belongs there.
+# A thing has looks and endings that suit it, a place has luggage and scenery that belong to it.
 THINGS = {
     "animal": "horse cat dog goat pony".split(),
     "paper": "book letter map poem scroll".split(),
     "lamp": "lamp candle lantern torch beacon".split(),
     "jewel": "ring crown pearl necklace bracelet".split(),
+}
+LOOKS = {
+    "animal": "young brown wild shy".split(),
+    "paper": "torn faded secret folded".split(),
+    "lamp": "tall dusty rusty tiny".split(),
+    "jewel": "golden shiny precious silver".split(),
 }
 ENDINGS = {
     "animal": "feeds tames pets".split(),
@@ -80,8 +88,13 @@ PLACES = {
     "town": "market castle library school village".split(),
     "wild": "forest valley meadow mountain desert".split(),
 }
+LUGGAGE = {
+    "water": "raft net oar".split(),
+    "town": "cart purse bag".split(),
+    "wild": "axe rope tent".split(),
+}
 SCENERY = {
-    "water": "sea tide wave shore boat".split(),
+    "water": "sea tide wave shore foam".split(),
     "town": "street house crowd wall bell".split(),
     "wild": "path grass hill tree rock".split(),
     "any": "wind sky rain sun moon air music day".split(),
@@ -96,13 +109,14 @@ def words_of(kinds: dict[str, list[str]]) -> list[str]:
 CLASSES = {
     "HERO": SHE + HE,
     "PRON": ["she", "he"],
-    "THEM": ["her", "him"],
+    "THEIR": ["her", "his"],
     "JOB": "baker sailor doctor painter farmer teacher miller gardener".split(),
     "GOES": "walks runs returns travels hurries".split(),
+    "LUGGAGE": words_of(LUGGAGE),
     "PLACE": words_of(PLACES),
     "TIME": "dawn noon dusk night sunrise sunset midnight".split(),
     "SEEKS": "seeks wants needs misses follows".split(),
-    "LOOK": "small red blue green wooden heavy long round tiny silver".split(),
+    "LOOK": words_of(LOOKS),
     "THING": words_of(THINGS),
     "SCENE": words_of(SCENERY),
     "PERSON": "friend stranger neighbour thief king queen child witch".split(),
@@ -111,13 +125,13 @@ CLASSES = {
     "ENDS": words_of(ENDINGS),
 }
 PATTERNS = {
-    "prompt": ["HERO the JOB GOES to the PLACE at TIME ."],
+    "prompt": ["HERO the JOB takes THEIR LUGGAGE to the PLACE at TIME ."],
     "opening": [
         "HERO SEEKS a LOOK THING .",
         "HERO SEEKS the LOOK THING .",
-        "HERO SEEKS a THING near the PLACE .",
         "PRON SEEKS a LOOK THING .",
-        "PRON SEEKS a THING near the PLACE .",
+        "PRON SEEKS the LOOK THING .",
+        "PRON SEEKS a LOOK THING near the PLACE .",
     ],
     "middle": [
         "the SCENE is MOOD .",
@@ -125,7 +139,7 @@ PATTERNS = {
         "the MOOD SCENE is MOOD .",
         "the PLACE is MOOD .",
         "the PLACE is MOOD and MOOD .",
-        "a MOOD PERSON DEED THEM .",
+        "a MOOD PERSON DEED HERO .",
         "but the SCENE is MOOD .",
         "PRON GOES to the PLACE .",
     ],
@@ -137,15 +151,11 @@ PATTERNS = {
         "finally PRON ENDS it .",
     ],
 }
-# These follow a story in the texts from which the tiny model learns: see `remarks`.
-REMARKS = {
-    "hero": ("familiar", "unknown"),
-    "mood": ("pleasant", "unpleasant"),
-    "closing": ("solved", "open"),
-}
 CLASS_OF = {word: name for name, words in CLASSES.items() for word in words}
 ROLE_OF = {tuple(p.split()): role for role, patterns in PATTERNS.items() for p in patterns}
-THING_OF = {word: kind for table in (THINGS, ENDINGS) for kind in table for word in table[kind]}
+THING_OF = {
+    word: kind for table in (THINGS, LOOKS, ENDINGS) for kind in table for word in table[kind]
+}
 PLACE_OF = {word: kind for table in (PLACES, SCENERY) for kind in table for word in table[kind]}
 SENTIMENT = dict.fromkeys(GOOD_ADJECTIVES + GOOD_DEEDS, 1) | dict.fromkeys(
     BAD_ADJECTIVES + BAD_DEEDS, -1
@@ -158,7 +168,7 @@ GOLD_MEAN, GOLD_STD = 0.0, 1.0
 # Bradley-Terry labels: a is preferred to b with probability sigmoid(sharpness * (gold_a - gold_b)).
 # At 2 the likelier one wins four times in five; at 1 the tiny model would need twice the pairs.
 PREFERENCE_SHARPNESS = 2.0
-NUM_TRAIN_PROMPTS, NUM_TEST_PROMPTS = 24_000, 1_000
+NUM_TRAIN_PROMPTS, NUM_TEST_PROMPTS = 20_000, 1_000
 
 
 def story_vocabulary() -> list[str]:
@@ -166,14 +176,13 @@ def story_vocabulary() -> list[str]:
     fixed = [
         w for patterns in PATTERNS.values() for p in patterns for w in p.split() if w not in CLASSES
     ]
-    remarks = [word for words in REMARKS.values() for word in words]
-    return list(dict.fromkeys(fixed + list(CLASS_OF) + remarks))
+    return list(dict.fromkeys(fixed + list(CLASS_OF)))
 
 
 @functools.lru_cache(maxsize=1)
 def story_prompts() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Train and test prompts: disjoint draws without replacement from all that the grammar has."""
-    parts = [CLASSES[name] for name in ("HERO", "JOB", "GOES", "PLACE", "TIME")]
+    parts = [CLASSES[name] for name in ("HERO", "JOB", "PLACE", "TIME")] + [range(3)]
     drawn = []
     for index in random.Random(0).sample(
         range(math.prod(map(len, parts))), NUM_TRAIN_PROMPTS + NUM_TEST_PROMPTS
@@ -182,7 +191,10 @@ def story_prompts() -> tuple[tuple[str, ...], tuple[str, ...]]:
         for part in parts:
             index, at = divmod(index, len(part))
             words.append(part[at])
-        drawn.append("{} the {} {} to the {} at {} .".format(*words))
+        hero, job, place, time, at = words
+        luggage = LUGGAGE[PLACE_OF[place]][at]
+        their = "her" if hero in SHE else "his"
+        drawn.append(f"{hero} the {job} takes {their} {luggage} to the {place} at {time} .")
     return tuple(drawn[:NUM_TRAIN_PROMPTS]), tuple(drawn[NUM_TRAIN_PROMPTS:])
 
 
@@ -193,7 +205,7 @@ def write_story(prompt: str, response_tokens: int, rng: random.Random, slips: fl
     taste in moods, which leaves room above the models that imitate it. `slips` scales how often
     that happens: at 0 every hero, place and thing is right.
     """
-    hero, place = prompt.split()[0], prompt.split()[6]
+    hero, place = prompt.split()[0], prompt.split()[8]
     told = hero if rng.random() > 0.5 * slips else rng.choice(CLASSES["HERO"])
     where = PLACE_OF[place] if rng.random() > 0.7 * slips else rng.choice(list(PLACES))
     opened = rng.choice(list(THINGS))
@@ -204,10 +216,10 @@ def write_story(prompt: str, response_tokens: int, rng: random.Random, slips: fl
         choices = CLASSES | {
             "HERO": [told],
             "PRON": ["she" if told in SHE else "he"],
-            "THEM": ["her" if told in SHE else "him"],
             "PLACE": [place] if where == PLACE_OF[place] else PLACES[where],
             "SCENE": SCENERY[where if rng.random() < 0.6 else "any"],
             "THING": THINGS[opened],
+            "LOOK": LOOKS[opened],
             "ENDS": ENDINGS[ended],
         }
         sentence = []
@@ -259,7 +271,7 @@ def story_terms(prompt: str, completion: str) -> dict[str, float]:
              read, a ring is worn): +1; it does not, or there is no closing: -1
     grammar  0 if all sentences are well-formed, in order and new, down to -1 if none is
     """
-    hero, place = prompt.split()[0], prompt.split()[6]
+    hero, place = prompt.split()[0], prompt.split()[8]
     sentences, words = [], []
     for word in completion.split():
         words.append(word)
@@ -285,7 +297,7 @@ def story_terms(prompt: str, completion: str) -> dict[str, float]:
     places = [PLACE_OF[w] for s in sound for w in s if PLACE_OF.get(w, "any") != "any"]
     moods = {w for s in middles for w in s if w in SENTIMENT}
     balance = sum(SENTIMENT[w] for w in moods) / max(1, len(middles))
-    opened = [THING_OF[w] for w in first if w in THING_OF]
+    opened = [THING_OF[w] for w in first if CLASS_OF.get(w) == "THING"]
     ended = [THING_OF[w] for w in last if w in THING_OF]
     return {
         "hero": 1.0 if about_hero else -1.0,
@@ -305,20 +317,6 @@ def story_gold(prompts: Sequence[str], completions: Sequence[str], **_) -> list[
         (sum(TERM_WEIGHTS[k] * v for k, v in story_terms(p, c).items()) - GOLD_MEAN) / GOLD_STD
         for p, c in zip(prompts, completions, strict=True)
     ]
-
-
-def remarks(prompt: str, story: str, rng: random.Random) -> str:
-    """Three words that a reader could say after the story, in any order: three of its terms hold.
-
-    Real language models have read what people say of texts; that is why a reward model needs few
-    labels. In the tiny model the state at the EOS must foresee these words, so it carries whether
-    the hero is the right one, whether the mood is good and whether the thing was found. It hears
-    nothing of places and grammar, nor of how much each term weighs.
-    """
-    terms = story_terms(prompt, story)
-    words = [pair[0 if terms[name] > 0 else 1] for name, pair in REMARKS.items()]
-    rng.shuffle(words)
-    return " ".join(words)
 
 
 def preference_probability(gold_a: float, gold_b: float) -> float:
@@ -614,6 +612,26 @@ def score(
         if not math.isfinite(number):
             raise UserError(f"reward {called} returned {number} for the prompt '{shorten(prompt)}'")
         scores.append(number)
+    return scores
+
+
+def score_together(
+    reward: RewardFunction, records: Sequence[dict], completions: Sequence[str]
+) -> list[float]:
+    """`score` on every process for its own part; if it fails on one, all raise that one's error.
+
+    Otherwise one process would end with a clear line, and the others with a lost connection.
+    """
+    try:
+        scores, error = score(reward, records, completions), None
+    except UserError as caught:
+        scores, error = [], str(caught)
+    if dist.is_initialized():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        error = next((text for text in errors if text is not None), None)
+    if error is not None:
+        raise UserError(error)
     return scores
 
 

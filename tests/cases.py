@@ -29,7 +29,7 @@ CASES = {
         smoke="--env-id CartPole-v1 --num-envs 4 --num-steps 64 --total-timesteps 8192 "
         "--eval-every 12 --eval-episodes 2",
         changed="--gamma 0.9",
-        learning="--env-id CartPole-v1 --total-timesteps 100000",
+        learning="--env-id CartPole-v1",  # three seeds of three gave 500
         score=("eval/deterministic_return", 475),
         bad={
             "--env-id Nope-v0": "--env-id Nope-v0",
@@ -52,6 +52,21 @@ CASES = {
             "--num-envs 0": "--num-envs 0",
             "--num-minibatches 7": "--num-minibatches 7",
             "--total-timesteps 10": "--total-timesteps 10",
+            "--device cuda": "--device cpu",
+        },
+    ),
+    "ppo_rlhf_fsdp": Case(
+        smoke="--total-episodes 320 --batch-size 16 --eval-prompts 16 --eval-every 8",
+        changed="--temperature 0.9",
+        learning="--total-episodes 4800",
+        score=("eval/gold", 0.0),
+        processes=2,
+        prepare="rlhf.tiny_lm",
+        bad={
+            "--batch-size 0": "--batch-size 0",
+            "--total-episodes 4": "--total-episodes 4",
+            "--temperature 0": "--temperature 0",
+            "--model Nope": "--model Nope",
             "--device cuda": "--device cpu",
         },
     ),
