@@ -576,7 +576,7 @@ def update(flat, optimizer, batch, gradient, args):
     world_size, logratios = dist.get_world_size(), []
     for _ in range(args.update_epochs):
         # Shuffle once an epoch; a minibatch is then a row, which costs no gather.
-        order = torch.randperm(len(batch["obs"]), device=flat.device).view(order_shape)
+        order = torch.randperm(len(batch["obs"])).view(order_shape).to(flat.device)
         epoch = {name: tensor[order] for name, tensor in batch.items()}
         if args.norm_adv:
             epoch["advantages"] = normalize_advantages(epoch["advantages"])

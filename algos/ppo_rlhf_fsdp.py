@@ -234,10 +234,10 @@ def shard(module: nn.Module, mesh, args: Args, frozen: bool = False) -> dict[str
     if frozen and args.offload_frozen:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     kinds = {k for part in module.modules() for k in getattr(part, "_no_split_modules", None) or ()}
-    for parent in list(module.modules()):
+    for parent in reversed(list(module.modules())):  # inner modules before outer ones
         for name, layer in list(parent.named_children()):
-            if type(layer).__name__ in kinds:
-                if args.activation_checkpointing and not frozen:
+            if type(layer).__name__ in kinds | {"Critic"}:
+                if args.activation_checkpointing and not (frozen or isinstance(layer, Critic)):
                     layer = checkpoint_wrapper(layer)
                     setattr(parent, name, layer)
                 fully_shard(layer.to(dtype), **options)  # goes to its device here, one by one
@@ -328,7 +328,7 @@ def adapt_kl_coef(kl_coef, kl, kl_target, n, horizon):
 
 
 def prompt_batch(records: list[dict], update: int, args: Args) -> list[dict]:
-    """This process's prompts of an update: a slice of an endless series of shuffled epochs.
+    """This process's prompts of an update, from an endless series of shuffled epochs.
 
     It follows from seed and update alone, so a resumed run goes on where it was.
     """
@@ -455,23 +455,22 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sharded_tensors(parameters, optimizer) -> dict[str, torch.Tensor]:
-    """Weights and Adam moments (made here, as 0) by name, for torch.distributed.checkpoint."""
-    tensors = {f"weight.{name}": p.detach() for name, p in parameters.items()}
+def sharded_tensors(parameters, optimizer) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights and Adam's state (made here, as 0) by kind and name, for a checkpoint."""
+    tensors = {"weight": {name: p.detach() for name, p in parameters.items()}}
     for name, p in parameters.items():
         state = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        optimizer.state[p] = state | {"step": torch.zeros((), device=p.device)}
-        tensors |= {f"{kind}.{name}": moment for kind, moment in state.items()}
-        # the file format has no scalars here: a view of one element stands for the step count
-        tensors[f"step.{name}"] = optimizer.state[p]["step"].view(1)
+        state["step"] = torch.zeros(1, device=p.device)  # the file format has no scalars here
+        optimizer.state[p] = state | {"step": state["step"].view(())}
+        for kind, tensor in state.items():
+            tensors.setdefault(kind, {})[name] = tensor
     return tensors
 
 
 def save_checkpoint(run_dir, step, state, tensors):
     # diverges: every process also writes its shards, by torch.distributed.checkpoint
-    """Write run_dir/checkpoints/STEP, a state and shards for each process; keep the last two.
+    """Write run_dir/checkpoints/STEP, keep the last two. It gets its name when it is complete.
 
-    It gets its name when it is complete: whatever dies half-way, older checkpoints stay whole.
     The shards are safetensors: the default format of torch.distributed.checkpoint needs pickle.
     """
     rank = dist.get_rank()
@@ -482,14 +481,15 @@ def save_checkpoint(run_dir, step, state, tensors):
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
         dist.barrier()
-        writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer)
+        for kind, part in tensors.items():  # one by one: a file is put together in memory
+            writer = dcp.HuggingFaceStorageWriter(str(unfinished / kind), save_distributed=True)
+            dcp.save(part, storage_writer=writer)
         torch.save(state, unfinished / f"rank{rank}.pt")
-        files = [unfinished / f"rank{rank}.pt", *unfinished.glob(f"shard-{rank + 1:05d}-*")]
+        files = [unfinished / f"rank{rank}.pt", *unfinished.glob(f"*/shard-{rank + 1:05d}-*")]
         for file in files:
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-        digests = gather_lists([(file.name, sha256(file)) for file in files])
+        digests = gather_lists([(str(f.relative_to(unfinished)), sha256(f)) for f in files])
         if rank == 0:
             (unfinished / "manifest.json").write_text(json.dumps(dict(digests), indent=1))
             shutil.rmtree(path, ignore_errors=True)
@@ -497,7 +497,7 @@ def save_checkpoint(run_dir, step, state, tensors):
             for old in sorted(path.parent.glob("*[0-9]"))[:-2]:
                 shutil.rmtree(old)
             missing = 3 - len(list(path.parent.iterdir()))  # two are kept while one is written
-            needed = missing * sum(file.stat().st_size for file in path.iterdir())
+            needed = missing * sum(file.stat().st_size for file in path.rglob("*"))
             if shutil.disk_usage(path).free < needed:
                 raise OSError(f"the disk has less than the {needed / 1e6:.1f} MB that it will take")
     except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
@@ -647,7 +647,7 @@ def update(actor_critic, optimizer, batch, args) -> dict[str, float]:
     """
     world_size, steps = dist.get_world_size(), []
     for _ in range(args.update_epochs):
-        order = torch.randperm(len(batch["mask"]), device=batch["mask"].device)
+        order = torch.randperm(len(batch["mask"])).to(batch["mask"].device)
         for minibatch_rows in order.chunk(args.num_minibatches):
             minibatch = {name: tensor[minibatch_rows] for name, tensor in batch.items()}
             counts = torch.stack([minibatch["mask"].sum(), minibatch["value_mask"].sum()])
@@ -712,7 +712,8 @@ def main(args):
         saved = load_checkpoint(path, args)
         iteration, log_size = saved["iteration"], saved["log_size"]
         kl_coef, baseline = saved["kl_coef"], saved["baseline"]
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+        for kind, part in tensors.items():
+            dcp.load(part, storage_reader=dcp.HuggingFaceStorageReader(str(path / kind)))
         update_replica(replica, parameters)
         set_rng_state(saved["rng"], device)
     log, stop, last_save = RunLog(run_dir, args, log_size), catch_signals(), time.monotonic()

@@ -2,10 +2,11 @@
 
 import sys
 
-from benchmark import links, speed, sync
+from benchmark import gpu_check, links, speed, sync
 from rlhf import UserError
 
 COMMANDS = {
+    "gpu-check": gpu_check.main,
     "links": links.main,
     "speed": speed.main,
     "sync": sync.main,

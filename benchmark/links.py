@@ -69,10 +69,11 @@ def numbered(page: Path) -> tuple[str, list[str]]:
 
     def replace(match: re.Match) -> str:
         text, file, line = match["text"], match["file"], match["line"] or ""
-        if "://" in file or not (line or text.startswith("`")):
-            return match[0]  # of another place, or to a whole file
+        name = text.strip("`")
+        if "://" in file or (not line and (name == text or file.endswith(name))):
+            return match[0]  # to another place, or to a whole file
         try:
-            if not text.startswith("`"):
+            if name == text:
                 raise UserError("the text of a link to a line is a `name`")
             new = f"#L{line_of(text.strip('`'), (page.parent / file).read_text())}"
         except (OSError, SyntaxError, UserError) as error:

@@ -66,37 +66,28 @@ GOOD_DEEDS = "helps thanks greets hugs guides".split()
 BAD_DEEDS = "robs mocks tricks scares blames".split()
 # A thing has looks and endings that suit it, a place has luggage and scenery that belong to it.
 THINGS = {
-    "animal": "horse cat dog goat pony".split(),
-    "paper": "book letter map poem scroll".split(),
-    "lamp": "lamp candle lantern torch beacon".split(),
-    "jewel": "ring crown pearl necklace bracelet".split(),
+    "animal": "horse cat dog goat pony bird sheep fox hen calf".split(),
+    "paper": "book letter map poem scroll diary song note page card".split(),
 }
 LOOKS = {
-    "animal": "young brown wild shy".split(),
-    "paper": "torn faded secret folded".split(),
-    "lamp": "tall dusty rusty tiny".split(),
-    "jewel": "golden shiny precious silver".split(),
+    "animal": "young brown wild shy hungry playful".split(),
+    "paper": "torn faded secret folded long famous".split(),
 }
 ENDINGS = {
-    "animal": "feeds tames pets".split(),
-    "paper": "reads studies copies".split(),
-    "lamp": "lights kindles dims".split(),
-    "jewel": "wears polishes admires".split(),
+    "animal": "feeds tames pets grooms".split(),
+    "paper": "reads studies copies signs".split(),
 }
 PLACES = {
-    "water": "harbour river lake beach island".split(),
-    "town": "market castle library school village".split(),
-    "wild": "forest valley meadow mountain desert".split(),
+    "water": "harbour river lake beach island bay pond".split(),
+    "town": "market castle library school village bakery square".split(),
 }
 LUGGAGE = {
     "water": "raft net oar".split(),
     "town": "cart purse bag".split(),
-    "wild": "axe rope tent".split(),
 }
 SCENERY = {
-    "water": "sea tide wave shore foam".split(),
-    "town": "street house crowd wall bell".split(),
-    "wild": "path grass hill tree rock".split(),
+    "water": "sea tide wave shore foam reef".split(),
+    "town": "street house crowd wall bell gate".split(),
     "any": "wind sky rain sun moon air music day".split(),
 }
 
@@ -207,9 +198,9 @@ def write_story(prompt: str, response_tokens: int, rng: random.Random, slips: fl
     """
     hero, place = prompt.split()[0], prompt.split()[8]
     told = hero if rng.random() > 0.5 * slips else rng.choice(CLASSES["HERO"])
-    where = PLACE_OF[place] if rng.random() > 0.7 * slips else rng.choice(list(PLACES))
+    where = PLACE_OF[place] if rng.random() > 0.8 * slips else rng.choice(list(PLACES))
     opened = rng.choice(list(THINGS))
-    ended = opened if rng.random() > 0.7 * slips else rng.choice(list(THINGS))
+    ended = opened if rng.random() > 0.8 * slips else rng.choice(list(THINGS))
     tone = rng.choice((0.2, 0.5, 0.8))  # how friendly this story is
 
     def fill(pattern: str) -> list[str]:

@@ -48,12 +48,12 @@ class Run:
         for pipe in (self.process.stdout, self.process.stderr):
             pipe.close()
 
-    def finish(self, timeout=120):
+    def finish(self, timeout=300):
         """Wait; returns exit code, stdout, stderr."""
         out, err = self.process.communicate(timeout=timeout)
         return self.process.returncode, out, err
 
-    def poll_until(self, condition, timeout=120):
+    def poll_until(self, condition, timeout=300):
         """Wait for `condition`, looking often enough to catch any moment of an update."""
         end = time.monotonic() + timeout
         while not condition():
@@ -93,7 +93,7 @@ def descendants(pid):
     return found
 
 
-def run(script, processes, *flags, timeout=120):
+def run(script, processes, *flags, timeout=300):
     """Run to the end, which must be a good one. Returns stdout and stderr."""
     with Run(script, processes, *flags) as started:
         code, out, err = started.finish(timeout)

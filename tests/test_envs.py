@@ -36,7 +36,7 @@ class NoState(gym.Env):
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
-        return np.zeros(2, np.float32), {}
+        return np.zeros(self.observation_space.shape, self.observation_space.dtype), {}
 
     def step(self, action):
         return np.zeros(2, np.float32), 0.0, False, False, {}

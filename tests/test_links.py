@@ -70,13 +70,13 @@ def test_a_name_with_two_places():
 def test_numbers_are_set(page):
     page.write_text(
         "See [`advantage`](../algos/x.py#L1), [`pair[0]`](../algos/x.py), "
-        "[the script](../algos/x.py) and [`f`](https://example.org/x.py#L3).\n"
+        "[the script](../algos/x.py), [`algos/x.py`](../algos/x.py) and [`f`](https://example.org/x.py#L3).\n"
     )
     text, wrong = numbered(page)
     assert len(wrong) == 2
     assert text == (
         "See [`advantage`](../algos/x.py#L10), [`pair[0]`](../algos/x.py#L17), "
-        "[the script](../algos/x.py) and [`f`](https://example.org/x.py#L3).\n"
+        "[the script](../algos/x.py), [`algos/x.py`](../algos/x.py) and [`f`](https://example.org/x.py#L3).\n"
     )
     page.write_text(text)
     assert numbered(page) == (text, [])

@@ -28,48 +28,47 @@ from rlhf.tasks import (
     write_stories,
 )
 
-PROMPT = "mira the baker walks to the harbour at dawn ."
+PROMPT = "mira the baker takes her net to the harbour at dawn ."
 GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"
 
 # === STORIES =====================================================================================
 
-BEST = "mira seeks a key near the harbour . the sea is calm . at last she finds the key ."
+WORST = {"hero": -1, "place": 0, "mood": 0, "closing": -1, "grammar": -1}
+BEST = "mira seeks a torn letter . the sea is calm . at last she reads it ."
 
 
 @pytest.mark.parametrize(
     ("story", "changed"),
     [
         (BEST, {}),
-        # hero: prompt's hero or job +1, right pronoun +0.5, anybody else -1
-        ("the baker seeks a key . the harbour is calm . at last she finds the key .", {}),
-        (BEST.replace("mira", "she"), {"hero": 0.5}),
+        # hero: by name or by the right pronoun +1, anybody else -1
+        (BEST.replace("mira", "she"), {}),
         (BEST.replace("mira", "he"), {"hero": -1}),
-        (BEST.replace("mira", "omar"), {"hero": -1}),
-        ("the smith seeks a key . the harbour is calm . at last she finds the key .", {"hero": -1}),
-        # place: only the first counts
-        (BEST.replace("harbour", "forest"), {"place": -1}),
-        (BEST.replace("the sea is", "the forest is"), {}),
-        ("mira seeks a red key . the sea is calm . at last she finds the key .", {"place": 0}),
+        (BEST.replace("mira", "anna"), {"hero": -1}),
+        # place: only the first that belongs anywhere counts
+        (BEST.replace("sea", "street"), {"place": -1}),
+        (BEST.replace("sea", "wind"), {"place": 0}),
+        (BEST.replace("sea", "pond"), {}),
+        (BEST.replace("calm .", "calm . the crowd is warm ."), {}),
+        (BEST.replace("mira", "she").replace("letter", "letter near the market"), {"place": -1}),
         # mood: distinct words, per middle sentence, saturating
         (BEST.replace("calm", "cold"), {"mood": -1}),
         (BEST.replace("calm", "calm and cold"), {"mood": 0}),
         (BEST.replace("calm", "calm and warm"), {}),
         (BEST.replace("calm .", "calm . the day is calm ."), {"mood": 0.5}),
         (BEST.replace("calm .", "calm . the day is warm ."), {}),
-        (BEST.replace("the sea is calm", "a kind king robs her"), {"mood": 0}),
-        # closing: depends on the thing of the first sentence
-        (BEST.replace("finds", "loses"), {"closing": 0}),
-        (BEST.replace("finds the key", "finds the map"), {"closing": -1}),
+        (BEST.replace("calm .", "calm . a kind king robs mira ."), {"mood": 0.5}),
+        # closing: what happens last must suit what the first sentence opened
+        (BEST.replace("reads", "feeds"), {"closing": -1}),
+        (BEST.replace("torn letter", "young dog"), {"closing": -1}),
+        (BEST.replace("torn letter", "young dog").replace("reads", "feeds"), {}),
         # grammar: share of ill-formed sentences; what they say does not count
-        (BEST.replace("sea is calm", "is sea calm"), {"grammar": -1 / 3, "mood": 0}),
+        (BEST.replace("sea is calm", "is sea calm"), {"grammar": -1 / 3, "mood": 0, "place": 0}),
         (BEST.removesuffix(" ."), {"grammar": -1 / 3, "closing": -1}),
         (BEST.replace("calm .", "calm . the sea is calm ."), {"grammar": -1 / 4}),
-        ("mira seeks a key near the harbour .", {"mood": 0, "closing": -1}),
-        ("", {"hero": -1, "place": 0, "mood": 0, "closing": -1, "grammar": -1}),
-        (
-            "calm calm key mira . . .",
-            {"hero": -1, "place": 0, "mood": 0, "closing": -1, "grammar": -1},
-        ),
+        ("mira seeks a torn letter .", {"place": 0, "mood": 0, "closing": -1}),
+        ("", WORST),
+        ("calm calm letter mira . . .", WORST),
     ],
 )
 def test_terms_by_hand(story, changed):
@@ -118,8 +117,8 @@ def test_careful_writer_makes_no_slip():
     prompts = story_prompts()[0][:200]
     stories = write_stories(prompts, 24, seed=3, slips=0.0)
     terms = [story_terms(p, s) for p, s in zip(prompts, stories, strict=True)]
-    assert min(t["hero"] for t in terms) > 0
-    assert min(t["place"] for t in terms) == 0 == min(t["closing"] for t in terms)
+    assert min(t["hero"] for t in terms) == 1 == min(t["closing"] for t in terms)
+    assert min(t["place"] for t in terms) == 0
 
 
 def test_splits_are_disjoint():
@@ -133,9 +132,9 @@ def test_splits_are_disjoint():
 
 def test_a_word_has_one_class_and_sentences_parse_as_what_they_are():
     words = [w for group in tasks.CLASSES.values() for w in group]
-    fixed = {w for k in tasks.KIND_OF for w in k} - set(tasks.CLASSES)
+    fixed = {w for k in tasks.ROLE_OF for w in k} - set(tasks.CLASSES)
     assert len(words) == len(set(words)) and not fixed & set(words)
-    assert len(tasks.KIND_OF) == sum(map(len, tasks.PATTERNS.values()))
+    assert len(tasks.ROLE_OF) == sum(map(len, tasks.PATTERNS.values()))
 
 
 def test_label_frequency_is_bradley_terry():

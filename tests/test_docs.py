@@ -1,0 +1,200 @@
+"""README and docs: links resolve, commands are ones that the programs know, metrics are explained.
+
+That every script has a page is in test_house.py; line numbers of links are in test_links.py.
+"""
+
+import ast
+import re
+import shlex
+
+import pytest
+
+from benchmark.links import pages
+from tests.launch import ROOT, SCRIPTS, run
+from tests.test_contracts import smoke_flags
+
+KEY = r"(?:charts|losses|eval)/\w+"
+LAUNCHERS = r"(?:python|torchrun)"
+
+every_page = pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+
+
+# LINKS ===========================================================================================
+
+
+def headings(page):
+    """Anchors of a page's headings, as GitHub and the site builders make them."""
+    lines = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S).splitlines()
+    titles = [line.lstrip("#").strip() for line in lines if re.match(r"#+ ", line)]
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@every_page
+def test_links_resolve(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^()\s]+)\)", text):
+        if re.match(r"\w+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        path = page.parent / path if path else page
+        assert path.exists(), f"{target}: no such file"
+        assert ROOT in path.resolve().parents, f"{target}: outside of the project"
+        if path.suffix == ".md" and anchor:
+            assert anchor in headings(path), f"{target}: no such heading"
+
+
+def test_site_has_every_page():
+    """A page that mkdocs.yml does not list is on no menu."""
+    listed = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    found = [str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(listed) == sorted(found)
+
+
+# COMMANDS ========================================================================================
+
+
+def commands(text):
+    """The shell commands of a page's code, as lists of words."""
+    blocks = re.findall(r"^ *```(?:sh|bash)\n(.*?)^ *```", text, re.M | re.S)
+    prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S)
+    inline = re.findall(rf"`((?:{LAUNCHERS}|make) [^`]+)`", prose)
+    found = []
+    for block in [*blocks, *inline]:
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in re.split(r"&&|\|\||;", line):
+                words = shlex.split(part, comments=True)
+                if words and re.fullmatch(rf"(?:\S*/)?(?:{LAUNCHERS}|make)", words[0]):
+                    found.append(words)
+    return found
+
+
+def flags_of(fields, defaults):
+    """{flag: whether a value follows} of dataclass fields or function arguments."""
+    flags = {}
+    for field, default in zip(fields, defaults, strict=True):
+        name = (field.target.id if isinstance(field, ast.AnnAssign) else field.arg).replace(
+            "_", "-"
+        )
+        switch = ast.unparse(field.annotation) == "bool"
+        flags["--" + name] = not switch
+        if switch and default and default.value:
+            flags["--no-" + name] = False
+    return flags
+
+
+def script_flags(path):
+    """Flags of the dataclass Args of a file."""
+    body = ast.parse(path.read_text()).body
+    [args] = [node for node in body if isinstance(node, ast.ClassDef) and node.name == "Args"]
+    fields = [node for node in args.body if isinstance(node, ast.AnnAssign)]
+    return flags_of(fields, [field.value for field in fields])
+
+
+def function_flags(path, name):
+    """Flags of a function that a command of the benchmark calls; positional ones included."""
+    body = ast.parse(path.read_text()).body
+    [function] = [n for n in body if isinstance(n, ast.FunctionDef) and n.name == name]
+    arguments = function.args.args
+    missing = [None] * (len(arguments) - len(function.args.defaults))
+    flags = flags_of(arguments, [*missing, *function.args.defaults])
+    for argument in arguments:
+        found = re.search(r"tyro\.conf\.arg\(name='([\w-]+)'", ast.unparse(argument.annotation))
+        if found:
+            flags["--" + found[1]] = True
+    return flags
+
+
+def check_flags(words, flags):
+    while words:
+        word, *words = words
+        if not word.startswith("--") or word == "--help":
+            continue  # or a positional argument, or the value of a flag
+        name = word.partition("=")[0].replace("_", "-")
+        assert name in flags, f"no flag {name}: {sorted(flags)}"
+        if flags[name] and "=" not in word:
+            assert words and not words[0].startswith("--"), f"{name} needs a value"
+
+
+def check_command(words):
+    """Raise AssertionError where a command of ours is one that cannot run."""
+    if words[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+        for word in words[1:]:
+            assert "=" in word or word in targets, f"the Makefile has no {word}"
+        return
+    for i, word in enumerate(words):
+        if word == "-m" and words[i + 1] == "benchmark" and words[i + 2 :]:
+            command, rest = words[i + 2].replace("-", "_"), words[i + 3 :]
+            path = ROOT / "benchmark" / f"{command}.py"
+            known = (ROOT / "benchmark" / "__main__.py").read_text()
+            assert path.exists() and f'"{words[i + 2]}":' in known, f"no command {words[i + 2]}"
+            if rest:
+                # speed ppo ... is its function ppo, sync NAME ... its function sync
+                name = rest[0] if f"def {rest[0]}(" in path.read_text() else command
+                check_flags(rest, function_flags(path, name))
+            return
+        if word == "-m" and words[i + 1].startswith(("rlhf.", "envs.")):
+            path = ROOT / (words[i + 1].replace(".", "/") + ".py")
+            assert path.exists(), f"no module {words[i + 1]}"
+            return check_flags(words[i + 2 :], script_flags(path))
+        if re.fullmatch(r"(?:\./)?algos/\w+\.py", word):
+            assert (ROOT / word).exists(), f"no script {word}"
+            return check_flags(words[i + 1 :], script_flags(ROOT / word))
+
+
+@every_page
+def test_commands_are_known(page):
+    for words in commands(page.read_text()):
+        try:
+            check_command(words)
+        except AssertionError as error:
+            raise AssertionError(f"{' '.join(words)}\n{error}") from error
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("```sh\npython algos/ppo.py --env-idd x\n```\n", "no flag --env-idd"),
+        ("```sh\npython algos/ppo.py \\\n  --seed\n```\n", "--seed needs a value"),
+        ("run `torchrun algos/nothing.py`", "no script"),
+        ("```sh\ncd x && python -m rlhf.sft --modell M\n```\n", "no flag --modell"),
+        ("```sh\npython -m benchmark speeed\n```\n", "no command speeed"),
+        ("```sh\npython -m benchmark speed ppo --cleanrll x\n```\n", "no flag --cleanrll"),
+        ("```sh\nmake demmo\n```\n", "no demmo"),
+    ],
+)
+def test_wrong_commands_are_found(text, reason):
+    [words] = commands(text)
+    with pytest.raises(AssertionError, match=reason):
+        check_command(words)
+
+
+# METRICS =========================================================================================
+
+
+def explained(script):
+    """The keys in the first column of the tables of a script's page."""
+    text = (ROOT / "docs" / "algos" / f"{script}.md").read_text()
+    return set(re.findall(rf"^\| `({KEY})` \| \S", text, re.M))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_metrics_that_the_code_names_are_explained(script):
+    tree = ast.parse((ROOT / "algos" / f"{script}.py").read_text())
+    words = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    named = {word for word in words if isinstance(word, str) and re.fullmatch(KEY, word)}
+    assert named, "no metric is named in this script"
+    assert named <= explained(script), f"not on the page: {sorted(named - explained(script))}"
+
+
+@pytest.mark.parametrize(
+    "script", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in SCRIPTS]
+)
+def test_logged_metrics_are_explained(script, tmp_path):
+    """Most keys are put together at run time, so a short run says which there are."""
+    run(script, 1, *smoke_flags(script, tmp_path / "run"))
+    text = (tmp_path / "run" / "metrics.csv").read_text()
+    logged = set(re.findall(rf",({KEY}),", text))
+    assert logged <= explained(script), f"not on the page: {sorted(logged - explained(script))}"
+    gone = explained(script) - logged
+    assert not gone, f"on the page, but no run logs it: {sorted(gone)}"
