@@ -173,6 +173,8 @@ class Args:
             raise UserError(f"--total-episodes {self.total_episodes} is not one update")
         if self.reward and self.reward_model:
             raise UserError(f"--reward {self.reward} and --reward-model {self.reward_model}: one")
+        if self.temperature <= 0:
+            raise UserError(f"--temperature {self.temperature}: must be above 0")
         if self.model and not self.data:
             raise UserError(f"--model {self.model} needs --data, the prompts")
         if self.data and not (self.reward or self.reward_model):
@@ -242,8 +244,7 @@ def shard(module: nn.Module, mesh, args: Args, frozen: bool = False) -> dict[str
                     setattr(parent, name, layer)
                 fully_shard(layer.to(dtype), **options)  # goes to its device here, one by one
     fully_shard(module.to(dtype), **options)  # with embedding and head, so that tied ones stay tied
-    wrapper = "_checkpoint_wrapped_module."
-    return {name.replace(wrapper, ""): p for name, p in module.named_parameters()}
+    return {n.replace("_checkpoint_wrapped_module.", ""): p for n, p in module.named_parameters()}
 
 
 @torch.no_grad()
@@ -332,9 +333,8 @@ def prompt_batch(records: list[dict], update: int, args: Args) -> list[dict]:
 
     It follows from seed and update alone, so a resumed run goes on where it was.
     """
-    n, world_size = len(records), dist.get_world_size()
-    first = update * args.batch_size
-    places = range(first + dist.get_rank(), first + args.batch_size, world_size)
+    n, first = len(records), update * args.batch_size
+    places = range(first + dist.get_rank(), first + args.batch_size, dist.get_world_size())
     epochs = {place // n for place in places}
     orders = {e: np.random.default_rng([args.seed, e]).permutation(n) for e in epochs}
     return [records[orders[place // n][place % n]] for place in places]
@@ -420,8 +420,8 @@ def evaluate(replica, models, task, tokenizer, baseline, args) -> tuple[dict, di
     columns |= {name: batch[name].tolist() for name in ("lengths", "stopped")}
     columns = {name: gather_lists(column) for name, column in columns.items()}
     before = {f"baseline_{name}": (baseline or {}).get(name) for name in ("rewards", "gold")}
-    known = ("rewards", "gold", "kl", "lengths", "stopped")
-    return columns, summarize(**{name: columns.get(name) for name in known}, **before)
+    now = {name: column for name, column in columns.items() if name not in ("prompts", "texts")}
+    return columns, summarize(**now, **before)
 
 
 # CHECKPOINT ======================================================================================
@@ -677,7 +677,6 @@ def main(args):
     rank, world_size, device = setup_process(args.device)
     run_dir = args.run_dir or Path("runs") / f"{Path(__file__).stem}__{args.seed}"
     path = find_checkpoint(run_dir, args.resume)
-    set_seed(args.seed)
 
     # The built-in world: a tiny model, stories, and a reward model of what readers prefer.
     tiny = None if args.model else prepare(response_tokens=args.response_length)
@@ -687,8 +686,8 @@ def main(args):
     task = load_prompts(tokenizer, args)
     scorer = scorer_tokenizer = None
     if task.reward is None:
-        name, trust = args.reward_model or tiny.reward_model, args.trust_remote_code
-        scorer, scorer_tokenizer = load_reward_model(name, dtype, trust_remote_code=trust)
+        name = args.reward_model or tiny.reward_model
+        scorer, scorer_tokenizer = load_reward_model(name, args.trust_remote_code, dtype)
     same_tokens = scorer is not None and scorer_tokenizer.get_vocab() == tokenizer.get_vocab()
     actor_critic = ActorCritic(model, Critic(model, scorer, same_tokens))
     reference = ActorCritic(copy.deepcopy(model), None)

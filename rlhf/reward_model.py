@@ -102,11 +102,11 @@ class ScoreModel(nn.Module):
 
 def load_reward_model(
     name: str | Path,
+    trust_remote_code: bool = False,
     dtype: torch.dtype = torch.float32,
     *,
     new_head: bool = False,
     seed: int = 1,
-    trust_remote_code: bool = False,
 ):
     """(ScoreModel, tokenizer) from a sequence-classification folder or name.
 

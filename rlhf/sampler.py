@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -78,9 +77,7 @@ class SlotCache(Cache):
             values[slots, :, :length] = value_states[source]
             return key_states, value_states
         positions, width = self.target
-        if (
-            heads not in self.places
-        ):  # once a step: the rows of the cache seen as (S * H * C_max, E)
+        if heads not in self.places:  # once a step: the rows of the cache as (S * H * C_max, E)
             rows = torch.arange(n * heads, device=positions.device)
             self.places[heads] = rows * self.columns + positions.repeat_interleave(heads)
         for store, states in ((keys, key_states), (values, value_states)):
@@ -89,7 +86,7 @@ class SlotCache(Cache):
         return keys[:n, :, :width], values[:n, :, :width]
 
     def move(self, source: int, target: int, width: int) -> None:
-        """Copy the first columns of one row; few rows end in a step, and no two are as long."""
+        """Copy the first columns of a row; one by one, because few rows end in the same step."""
         for store in (*self.keys, *self.values):
             store[target, :, :width] = store[source, :, :width]
 
@@ -172,91 +169,64 @@ def prefill(head: Head, cache: SlotCache, prompts: list[list[int]], first: int) 
     return logits
 
 
-def llama_projections(decoder: nn.Module) -> list[tuple[Tensor, Tensor | None]] | None:
-    """Weight and bias of q, k and v as one product for each layer; None: not for llama_step."""
-    plain = type(decoder).__name__ in ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
-    if not plain or getattr(decoder.config, "sliding_window", None) is not None:
-        return None
-    if decoder.device.type != "cpu" or decoder.dtype not in (torch.float32, torch.float64):
-        return None  # elsewhere many small products would lose against one attention kernel
-    if any(module._forward_hooks or module._forward_pre_hooks for module in decoder.modules()):
-        return None  # somebody wants to see the calls that llama_step leaves out
-    joined = []
-    for layer in decoder.layers:
-        linears = [getattr(layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj")]
-        if any(type(linear) is not nn.Linear for linear in linears):
-            return None  # an adapter, or quantized
-        weight = torch.cat([linear.weight for linear in linears]).t().contiguous().t()
-        biases = [linear.bias for linear in linears]
-        joined.append((weight, None if biases[0] is None else torch.cat(biases)))
-    return joined
-
-
-def llama_step(decoder, joined, cache: SlotCache, tokens: Tensor, columns: Tensor) -> Tensor:
-    """What decoder(...) computes for one token a row, (n,) and (n,) -> hidden states (n, D).
-
-    On a CPU a third faster: neither q, k, v nor their rotations are separate operators, rows pay
-    for the columns of their neighbours only, and nothing is checked, wrapped or masked in vain.
-    """
-    x, n = decoder.embed_tokens(tokens), len(tokens)
-    cos, sin = decoder.rotary_emb(x, position_ids=columns[:, None])  # (n, 1, E)
-    half, ends = cos.shape[2] // 2, (columns + 1).tolist()
-    sin = torch.cat((-sin[..., :half], sin[..., half:]), 2)  # the sign of rotate_half
-    # slots are roughly in order of age: 16 neighbours have similar lengths, 64 have not
-    groups: list[tuple[int, int, int]] = []  # first slot, last slot + 1, columns in use
-    for start in range(0, n, 16):
-        stop, width = min(start + 16, n), max(ends[start : start + 16])
-        if groups and groups[-1][2] == width:
-            start = groups.pop()[0]
-        groups.append((start, stop, width))
-    masks = [
-        None
-        if min(ends[a:b]) == width
-        else torch.zeros(b - a, 1, width, dtype=x.dtype).masked_fill_(
-            torch.arange(width) > columns[a:b, None, None], torch.finfo(x.dtype).min
-        )
-        for a, b, width in groups
-    ]
-    for i, (layer, (weight, bias)) in enumerate(zip(decoder.layers, joined, strict=True)):
-        attention = layer.self_attn
-        heads = attention.o_proj.in_features // attention.head_dim
-        qkv = F.linear(layer.input_layernorm(x), weight, bias).view(n, -1, attention.head_dim)
-        kv_heads = (qkv.shape[1] - heads) // 2
-        if hasattr(attention, "q_norm"):
-            qkv[:, :heads] = attention.q_norm(qkv[:, :heads])
-            qkv[:, heads:-kv_heads] = attention.k_norm(qkv[:, heads:-kv_heads])
-        qk = qkv[:, :-kv_heads]
-        swapped = torch.cat((qk[..., half:], qk[..., :half]), 2)
-        qk.mul_(cos).addcmul_(swapped, sin)
-        keys, values = cache.update(qk[:, heads:, None], qkv[:, -kv_heads:, None], i)
-        q = (qk[:, :heads] * attention.scaling).view(n * kv_heads, -1, attention.head_dim)
-        mixed = []
-        for (a, b, width), mask in zip(groups, masks, strict=True):
-            part = slice(a * kv_heads, b * kv_heads)
-            scores = torch.bmm(q[part], keys[a:b, :, :width].flatten(0, 1).transpose(1, 2))
-            if mask is not None:
-                scores.view(b - a, -1, width).add_(mask)
-            mixed.append(torch.bmm(scores.softmax(2), values[a:b, :, :width].flatten(0, 1)))
-        x = x + attention.o_proj(torch.cat(mixed).view(n, -1))
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
-    return decoder.norm(x)
-
-
-def decode(head: Head, joined, cache: SlotCache, tokens: Tensor, columns: Tensor, width: int):
-    """One step of the first n slots: tokens (n,) enter at columns (n,) -> logits (n, V)."""
+def plain_step(decoder, cache: SlotCache, tokens: Tensor, columns: Tensor, width: int) -> Tensor:
+    """Any model: tokens (n,) of the first n slots enter at columns (n,) -> hidden states (n, D)."""
     cache.before_decode(columns, width)
-    if joined is not None:
-        hidden = llama_step(head.decoder, joined, cache, tokens, columns)
-        return float_logits(hidden, head.weight, head.bias, head.softcap)
     queries = columns[:, None]
-    hidden = head.decoder(
+    return decoder(
         input_ids=tokens[:, None],
-        attention_mask=attention_masks(head.decoder.config, queries, width, head.decoder.dtype),
+        attention_mask=attention_masks(decoder.config, queries, width, decoder.dtype),
         position_ids=queries,
         past_key_values=cache,
         use_cache=True,
-    ).last_hidden_state
-    return float_logits(hidden[:, -1], head.weight, head.bias, head.softcap)
+    ).last_hidden_state[:, -1]
+
+
+def llama_like(decoder: nn.Module) -> bool:
+    """Whether llama_step does what the forward methods of this decoder and its layers do."""
+    kind = type(decoder)
+    return (
+        kind.__name__ in ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
+        and kind.__module__.startswith("transformers.models.")
+        and getattr(decoder.config, "sliding_window", None) is None
+        # elsewhere a few large kernels are better than many small ones
+        and decoder.device.type == "cpu"
+        and decoder.dtype in (torch.float32, torch.float64)
+        # a hook may belong to a forward that llama_step leaves out
+        and not any(m._forward_hooks or m._forward_pre_hooks for m in decoder.modules())
+    )
+
+
+def llama_step(decoder, cache: SlotCache, tokens: Tensor, columns: Tensor, width: int) -> Tensor:
+    """plain_step for llama_like decoders: fewer small operators, less of the cache is read."""
+    cache.before_decode(columns, width)
+    x, n, ends = decoder.embed_tokens(tokens), len(tokens), (columns + 1).tolist()
+    cos, sin = decoder.rotary_emb(x, position_ids=columns[:, None])  # (n, 1, E)
+    half = cos.shape[2] // 2
+    sin = torch.cat((-sin[..., :half], sin[..., half:]), 2)  # the sign inside rotate_half
+    # Attention waits for memory: do not read the free columns of short rows. A slot is filled when
+    # its neighbours are, so 16 of them are about as long as each other; all n slots are not
+    size = 16 if min(ends) < max(ends) else n
+    groups = [(a, min(a + size, n), max(ends[a : a + size])) for a in range(0, n, size)]
+    masks = [attention_masks(decoder.config, columns[a:b, None], w, x.dtype) for a, b, w in groups]
+    for i, layer in enumerate(decoder.layers[: decoder.config.num_hidden_layers]):
+        attention, h = layer.self_attn, layer.input_layernorm(x)
+        linears = attention.q_proj, attention.k_proj, attention.v_proj
+        q, k, v = (linear(h).view(n, -1, attention.head_dim) for linear in linears)
+        if hasattr(attention, "q_norm"):  # Qwen3
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        qk = torch.cat((q, k), 1)  # rotate both at once
+        swapped = torch.cat((qk[..., half:], qk[..., :half]), 2)
+        q, k = (qk * cos).addcmul_(swapped, sin).split((q.shape[1], k.shape[1]), 1)
+        keys, values = cache.update(k[:, :, None], v[:, :, None], i)
+        q = (q * attention.scaling).view(n, k.shape[1], -1, attention.head_dim)  # (n, H, G, E)
+        outputs = []
+        for (a, b, w), mask in zip(groups, masks, strict=True):
+            scores = torch.matmul(q[a:b], keys[a:b, :, :w].transpose(2, 3)).add_(mask)
+            outputs.append(torch.matmul(scores.softmax(3), values[a:b, :, :w]))
+        x = x + attention.o_proj(torch.cat(outputs).view(n, -1))
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return decoder.norm(x)
 
 
 def sample(
@@ -264,7 +234,7 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Tokens (n,) and their log-probabilities (n,) before truncation, from logits (n, V)."""
     if temperature == 0:
-        top, tokens = logits.max(-1)  # not argmax: on a CPU slower than maximum and place together
+        top, tokens = logits.max(-1)  # on a CPU twice as fast as argmax
         return tokens, top - logits.logsumexp(-1)
     logprobs = (logits / temperature).log_softmax(-1)
     probs = logprobs.exp()
@@ -357,8 +327,7 @@ def generate(
             longest = max(len(p) + limit - 1 for p, limit in zip(prompts, limits, strict=True))
             cache = SlotCache(slots, longest)
             options = (temperature, top_k, top_p, generator)
-            joined = llama_projections(head.decoder)
-            _run(head, joined, cache, prompts, limits, stop_ids, options, result)
+            _run(head, cache, prompts, limits, stop_ids, options, result)
     finally:
         for module in training:
             module.training = True
@@ -367,9 +336,10 @@ def generate(
     return result
 
 
-def _run(head, joined, cache, prompts, limits, stop_ids, options, result) -> None:
+def _run(head, cache, prompts, limits, stop_ids, options, result) -> None:
     """Fill `result`: admit prompts, decode all rows by one token, retire rows, and again."""
     device, slots = head.weight.device, cache.slots
+    step = llama_step if llama_like(head.decoder) else plain_step
     limit = torch.tensor(limits, device=device)
     is_stop = torch.zeros(len(head.weight), dtype=torch.bool, device=device)
     is_stop[list(stop_ids)] = True
@@ -389,9 +359,9 @@ def _run(head, joined, cache, prompts, limits, stop_ids, options, result) -> Non
             width = max(width, 1 + max(len(prompt) for prompt in waiting))
         else:
             new = slice(0, n)
-            tokens, logprobs = sample(
-                decode(head, joined, cache, state[2, :n], state[1, :n], width), *options
-            )
+            hidden = step(head.decoder, cache, state[2, :n], state[1, :n], width)
+            logits = float_logits(hidden, head.weight, head.bias, head.softcap)
+            tokens, logprobs = sample(logits, *options)
             state[1, :n] += 1
             width += 1
         state[2, new] = tokens

@@ -64,19 +64,10 @@ GOOD_ADJECTIVES = (
 BAD_ADJECTIVES = "cold dark cruel grim bitter harsh gloomy rough sad bleak lonely dreadful".split()
 GOOD_DEEDS = "helps thanks greets hugs guides".split()
 BAD_DEEDS = "robs mocks tricks scares blames".split()
-# A thing has looks and endings that suit it, a place has luggage and scenery that belong to it.
-THINGS = {
-    "animal": "horse cat dog goat pony bird sheep fox hen calf".split(),
-    "paper": "book letter map poem scroll diary song note page card".split(),
-}
-LOOKS = {
-    "animal": "young brown wild shy hungry playful".split(),
-    "paper": "torn faded secret folded long famous".split(),
-}
-ENDINGS = {
-    "animal": "feeds tames pets grooms".split(),
-    "paper": "reads studies copies signs".split(),
-}
+# Verbs that open a quest or do not, and verbs that fulfil it or do not.
+OPENS, IDLES = "seeks wants needs misses".split(), "sees passes counts carries".split()
+FULFILS, FAILS = "finds keeps wins saves".split(), "loses drops breaks forgets".split()
+# A place has luggage and scenery that belong to it.
 PLACES = {
     "water": "harbour river lake beach island bay pond".split(),
     "town": "market castle library school village bakery square".split(),
@@ -106,23 +97,25 @@ CLASSES = {
     "LUGGAGE": words_of(LUGGAGE),
     "PLACE": words_of(PLACES),
     "TIME": "dawn noon dusk night sunrise sunset midnight".split(),
-    "SEEKS": "seeks wants needs misses follows".split(),
-    "LOOK": words_of(LOOKS),
-    "THING": words_of(THINGS),
+    "OPENS": OPENS + IDLES,
+    "LOOK": "young brown wild small red blue wooden heavy long round secret golden".split(),
+    "THING": (
+        "horse cat dog bird key map ring letter lamp coin book crown basket mirror clock sword"
+    ).split(),
     "SCENE": words_of(SCENERY),
     "PERSON": "friend stranger neighbour thief king queen child witch".split(),
     "MOOD": GOOD_ADJECTIVES + BAD_ADJECTIVES,
     "DEED": GOOD_DEEDS + BAD_DEEDS,
-    "ENDS": words_of(ENDINGS),
+    "ENDS": FULFILS + FAILS,
 }
 PATTERNS = {
     "prompt": ["HERO the JOB takes THEIR LUGGAGE to the PLACE at TIME ."],
     "opening": [
-        "HERO SEEKS a LOOK THING .",
-        "HERO SEEKS the LOOK THING .",
-        "PRON SEEKS a LOOK THING .",
-        "PRON SEEKS the LOOK THING .",
-        "PRON SEEKS a LOOK THING near the PLACE .",
+        "HERO OPENS a LOOK THING .",
+        "HERO OPENS the LOOK THING .",
+        "PRON OPENS a LOOK THING .",
+        "PRON OPENS the LOOK THING .",
+        "PRON OPENS a LOOK THING near the PLACE .",
     ],
     "middle": [
         "the SCENE is MOOD .",
@@ -144,9 +137,6 @@ PATTERNS = {
 }
 CLASS_OF = {word: name for name, words in CLASSES.items() for word in words}
 ROLE_OF = {tuple(p.split()): role for role, patterns in PATTERNS.items() for p in patterns}
-THING_OF = {
-    word: kind for table in (THINGS, LOOKS, ENDINGS) for kind in table for word in table[kind]
-}
 PLACE_OF = {word: kind for table in (PLACES, SCENERY) for kind in table for word in table[kind]}
 SENTIMENT = dict.fromkeys(GOOD_ADJECTIVES + GOOD_DEEDS, 1) | dict.fromkeys(
     BAD_ADJECTIVES + BAD_DEEDS, -1
@@ -192,15 +182,13 @@ def story_prompts() -> tuple[tuple[str, ...], tuple[str, ...]]:
 def write_story(prompt: str, response_tokens: int, rng: random.Random, slips: float = 1.0) -> str:
     """A demonstration of at most `response_tokens - 1` words (the last token is the end of text).
 
-    The writer is grammatical but careless: it often takes the wrong hero, place or thing and has no
-    taste in moods, which leaves room above the models that imitate it. `slips` scales how often
+    The writer is grammatical but careless: it often takes the wrong hero or place, opens no
+    quest or fails it, and has no taste in moods, which leaves room above the models that imitate it. `slips` scales how often
     that happens: at 0 every hero, place and thing is right.
     """
     hero, place = prompt.split()[0], prompt.split()[8]
     told = hero if rng.random() > 0.5 * slips else rng.choice(CLASSES["HERO"])
     where = PLACE_OF[place] if rng.random() > 0.8 * slips else rng.choice(list(PLACES))
-    opened = rng.choice(list(THINGS))
-    ended = opened if rng.random() > 0.8 * slips else rng.choice(list(THINGS))
     tone = rng.choice((0.2, 0.5, 0.8))  # how friendly this story is
 
     def fill(pattern: str) -> list[str]:
@@ -209,9 +197,8 @@ def write_story(prompt: str, response_tokens: int, rng: random.Random, slips: fl
             "PRON": ["she" if told in SHE else "he"],
             "PLACE": [place] if where == PLACE_OF[place] else PLACES[where],
             "SCENE": SCENERY[where if rng.random() < 0.6 else "any"],
-            "THING": THINGS[opened],
-            "LOOK": LOOKS[opened],
-            "ENDS": ENDINGS[ended],
+            "OPENS": OPENS if rng.random() > 0.5 * slips else IDLES,
+            "ENDS": FULFILS if rng.random() > 0.5 * slips else FAILS,
         }
         sentence = []
         for word in pattern.split():
@@ -258,8 +245,8 @@ def story_terms(prompt: str, completion: str) -> dict[str, float]:
              to another kind: -1; there is none: 0
     mood     friendly minus unfriendly words (each counted once), per middle sentence, clipped to
              [-1, 1]: a second friendly word in a sentence earns nothing
-    closing  the last sentence does what suits the thing that the first one opened (a letter is
-             read, a ring is worn): +1; it does not, or there is no closing: -1
+    closing  the first sentence opens a quest (she seeks, wants ...), and the last one fulfils it
+             (she finds, keeps ... it): +1; nothing was opened, or not fulfilled: -1
     grammar  0 if all sentences are well-formed, in order and new, down to -1 if none is
     """
     hero, place = prompt.split()[0], prompt.split()[8]
@@ -288,13 +275,11 @@ def story_terms(prompt: str, completion: str) -> dict[str, float]:
     places = [PLACE_OF[w] for s in sound for w in s if PLACE_OF.get(w, "any") != "any"]
     moods = {w for s in middles for w in s if w in SENTIMENT}
     balance = sum(SENTIMENT[w] for w in moods) / max(1, len(middles))
-    opened = [THING_OF[w] for w in first if CLASS_OF.get(w) == "THING"]
-    ended = [THING_OF[w] for w in last if w in THING_OF]
     return {
         "hero": 1.0 if about_hero else -1.0,
         "place": 0.0 if not places else (1.0 if places[0] == PLACE_OF[place] else -1.0),
         "mood": max(-1.0, min(1.0, balance)),
-        "closing": 1.0 if opened and opened == ended else -1.0,
+        "closing": 1.0 if set(OPENS) & set(first) and set(FULFILS) & set(last) else -1.0,
         "grammar": sum(good) / len(good) - 1.0,
     }
 

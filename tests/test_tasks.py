@@ -34,7 +34,7 @@ GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"
 # === STORIES =====================================================================================
 
 WORST = {"hero": -1, "place": 0, "mood": 0, "closing": -1, "grammar": -1}
-BEST = "mira seeks a torn letter . the sea is calm . at last she reads it ."
+BEST = "mira seeks a red letter . the sea is calm . at last she finds it ."
 
 
 @pytest.mark.parametrize(
@@ -58,15 +58,15 @@ BEST = "mira seeks a torn letter . the sea is calm . at last she reads it ."
         (BEST.replace("calm .", "calm . the day is calm ."), {"mood": 0.5}),
         (BEST.replace("calm .", "calm . the day is warm ."), {}),
         (BEST.replace("calm .", "calm . a kind king robs mira ."), {"mood": 0.5}),
-        # closing: what happens last must suit what the first sentence opened
-        (BEST.replace("reads", "feeds"), {"closing": -1}),
-        (BEST.replace("torn letter", "young dog"), {"closing": -1}),
-        (BEST.replace("torn letter", "young dog").replace("reads", "feeds"), {}),
+        # closing: the end fulfils what the beginning opened
+        (BEST.replace("finds", "loses"), {"closing": -1}),
+        (BEST.replace("seeks", "passes"), {"closing": -1}),
+        (BEST.replace("seeks", "needs").replace("finds", "keeps"), {}),
         # grammar: share of ill-formed sentences; what they say does not count
         (BEST.replace("sea is calm", "is sea calm"), {"grammar": -1 / 3, "mood": 0, "place": 0}),
         (BEST.removesuffix(" ."), {"grammar": -1 / 3, "closing": -1}),
         (BEST.replace("calm .", "calm . the sea is calm ."), {"grammar": -1 / 4}),
-        ("mira seeks a torn letter .", {"place": 0, "mood": 0, "closing": -1}),
+        ("mira seeks a red letter .", {"place": 0, "mood": 0, "closing": -1}),
         ("", WORST),
         ("calm calm letter mira . . .", WORST),
     ],
