@@ -440,7 +440,6 @@ def find_checkpoint(run_dir, resume):
             if flaw is None or resume != "auto":
                 break
             print(f"checkpoint {path} is damaged ({flaw}): trying the one before", file=sys.stderr)
-            found[1] = None
     dist.broadcast_object_list(found)
     if found[1]:
         raise UserError(found[1])

@@ -1,9 +1,10 @@
 """Sampling from any Hugging Face causal LM, in one process, with a key/value cache of fixed slots.
 
-Faster than `model.generate` for three reasons: the cache is allocated once and written in place
+Faster than `model.generate` for four reasons: the cache is allocated once and written in place
 (generate concatenates it anew for every token and layer), a finished row leaves at once and a
-waiting prompt takes its slot (generate goes on until the last row of a batch is done), and a prompt
-that occurs G times is read once (GRPO). Nothing is taken from model.generation_config.
+waiting prompt takes its slot (generate goes on until the last row of a batch is done), a prompt
+that occurs G times is read once (GRPO), and on a CPU Llama-like layers decode by llama_step.
+Nothing is taken from model.generation_config.
 
 Every row counts its own columns from 0, so prompts of different lengths need no padding:
 
@@ -98,8 +99,8 @@ def column_major_weights(decoder: nn.Module):
     Values and shapes stay what they were, only strides differ. It needs a second copy of these
     weights for as long as it lasts, so it is left out on GPUs, where it would gain nothing.
     """
-    weights = {m.weight for m in decoder.modules() if isinstance(m, nn.Linear) and m.weight.is_cpu}
-    originals = [(weight, weight.data) for weight in weights]
+    linears = [m for m in decoder.modules() if isinstance(m, nn.Linear) and m.weight.is_cpu]
+    originals = [(weight, weight.data) for weight in {m.weight for m in linears}]
     try:
         for weight, data in originals:
             weight.data = data.t().contiguous().t()
@@ -110,10 +111,9 @@ def column_major_weights(decoder: nn.Module):
 
 
 def attention_masks(config, queries: Tensor, width: int, dtype: torch.dtype):
-    """Additive masks (n, 1, t, width) for queries (n, t), the columns of the queries' tokens.
+    """Additive masks (n, 1, t, width) for queries in columns (n, t); transformers takes them as is.
 
     A dict from layer type to mask where layers differ (Gemma), otherwise the mask itself.
-    Made once a forward: transformers takes a finished 4-D mask as it is.
     """
     kinds = set(getattr(config, "layer_types", None) or ())
     if not kinds:
@@ -198,7 +198,7 @@ def llama_like(decoder: nn.Module) -> bool:
 
 
 def llama_step(decoder, cache: SlotCache, tokens: Tensor, columns: Tensor, width: int) -> Tensor:
-    """plain_step for llama_like decoders: fewer small operators, less of the cache is read."""
+    """plain_step for llama_like decoders on a CPU: fewer operators, less of the cache is read."""
     cache.before_decode(columns, width)
     x, n, ends = decoder.embed_tokens(tokens), len(tokens), (columns + 1).tolist()
     cos, sin = decoder.rotary_emb(x, position_ids=columns[:, None])  # (n, 1, E)
@@ -219,7 +219,7 @@ def llama_step(decoder, cache: SlotCache, tokens: Tensor, columns: Tensor, width
         swapped = torch.cat((qk[..., half:], qk[..., :half]), 2)
         q, k = (qk * cos).addcmul_(swapped, sin).split((q.shape[1], k.shape[1]), 1)
         keys, values = cache.update(k[:, :, None], v[:, :, None], i)
-        q = (q * attention.scaling).view(n, k.shape[1], -1, attention.head_dim)  # (n, H, G, E)
+        q = (q * attention.scaling).view(n, k.shape[1], -1, attention.head_dim)  # (n, H, .., E)
         outputs = []
         for (a, b, w), mask in zip(groups, masks, strict=True):
             scores = torch.matmul(q[a:b], keys[a:b, :, :w].transpose(2, 3)).add_(mask)

@@ -143,9 +143,9 @@ SENTIMENT = dict.fromkeys(GOOD_ADJECTIVES + GOOD_DEEDS, 1) | dict.fromkeys(
 )
 
 # Part of the name of the prepared models' folder: raise it when stories, prompts or gold change.
-GRAMMAR_VERSION = 1
+GRAMMAR_VERSION = 2
 # Mean and std of the unscaled gold reward over samples of the SFT model (24 tokens, temperature 1).
-GOLD_MEAN, GOLD_STD = 0.0, 1.0
+GOLD_MEAN, GOLD_STD = -0.36, 1.73
 # Bradley-Terry labels: a is preferred to b with probability sigmoid(sharpness * (gold_a - gold_b)).
 # At 2 the likelier one wins four times in five; at 1 the tiny model would need twice the pairs.
 PREFERENCE_SHARPNESS = 2.0
@@ -182,9 +182,9 @@ def story_prompts() -> tuple[tuple[str, ...], tuple[str, ...]]:
 def write_story(prompt: str, response_tokens: int, rng: random.Random, slips: float = 1.0) -> str:
     """A demonstration of at most `response_tokens - 1` words (the last token is the end of text).
 
-    The writer is grammatical but careless: it often takes the wrong hero or place, opens no
-    quest or fails it, and has no taste in moods, which leaves room above the models that imitate it. `slips` scales how often
-    that happens: at 0 every hero, place and thing is right.
+    The writer is grammatical but careless: often about the wrong hero or place, without a quest or
+    with one that fails, and with no taste in moods. That leaves room above the models that imitate
+    it. `slips` scales how often it happens; at 0 only the moods are left to chance.
     """
     hero, place = prompt.split()[0], prompt.split()[8]
     told = hero if rng.random() > 0.5 * slips else rng.choice(CLASSES["HERO"])

@@ -68,11 +68,11 @@ class TinyLM:
 class Budget:
     """How much work a preparation does; part of the folder's name."""
 
-    careful_stories: int = 6_000
+    careful_stories: int = 5_000
     """stories without slips, from which copying is learned"""
-    stories: int = 6_000
+    stories: int = 5_000
     """stories of the careless writer"""
-    pairs: int = 5_000
+    pairs: int = 7_000
     """labelled pairs for the reward model"""
     test_pairs: int = 500
     """held-out pairs for the accuracy report"""
@@ -234,7 +234,7 @@ def _make(folder: Path, response_tokens: int, budget: Budget, quiet: bool) -> No
     tokenizer.save_pretrained(folder / "policy")
     reward_model, _ = load_reward_model(folder / "policy", new_head=True, seed=seed)
     train_reward_model(
-        reward_model, train_pairs, learning_rate=5e-4, warmup=0.05, progress=not quiet, epochs=2
+        reward_model, train_pairs, learning_rate=1e-3, epochs=1.5, **TRAINING, progress=not quiet
     )
     normalize(reward_model, rows[:1024], batch_size=256)
     reward_model.model.save_pretrained(folder / "reward_model")

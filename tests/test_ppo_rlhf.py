@@ -290,21 +290,24 @@ import torch.distributed as dist
 from algos import ppo_rlhf_fsdp as script
 from tests.test_ppo_rlhf import run_update
 rank, world_size, _ = script.setup_process("cpu")
-family, tied, budget, path = sys.argv[1], sys.argv[2] == "True", int(sys.argv[3]), sys.argv[4]
-whole, metrics, _ = run_update({"micro_batch_tokens": budget}, rank, world_size, family, tied)
+family, tied, path = sys.argv[1], sys.argv[2] == "True", sys.argv[3]
+whole, metrics, _ = run_update({"micro_batch_tokens": 40}, rank, world_size, family, tied)
 if rank == 0:
     torch.save({"whole": whole, "metrics": metrics}, path)
 dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("family,tied,budget", [(f, t, 40) for f, t in FAMILIES])
-def test_two_processes_take_the_step_of_one(family, tied, budget, tmp_path):
+@pytest.mark.parametrize(
+    "family,tied",
+    [("llama", True), ("llama", False), ("qwen3", True), ("gemma3", True), ("gpt2", True)],
+)
+def test_two_processes_take_the_step_of_one(family, tied, tmp_path):
     """Parts with unequal token counts, and unequal numbers of micro-batches."""
     program = tmp_path / "two.py"
     program.write_text(TWO_PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", str(program), family, str(tied), str(budget)]
+    command += ["--nproc_per_node", "2", str(program), family, str(tied)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, str(tmp_path / "out.pt")], check=True, env=environment, timeout=240)
     two = torch.load(tmp_path / "out.pt", weights_only=True)
@@ -408,7 +411,8 @@ def test_nan_reward_names_the_prompt_and_keeps_the_checkpoint(tmp_path):
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if "error: " in line and "nan" in line]
     assert lines and "prompt '" in lines[0], done.stderr[-2000:]
-    assert "Traceback" not in done.stderr.split("torch.distributed.elastic")[0]
+    ours = [line for line in done.stderr.splitlines() if line.startswith("[rank")]
+    assert not [line for line in ours if "Traceback" in line], ours
     kept = sorted((tmp_path / "run" / "checkpoints").glob("*[0-9]"))
     assert kept and all(script.damage(path) is None for path in kept)
 

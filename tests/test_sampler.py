@@ -16,7 +16,7 @@ from transformers import (
 
 from rlhf import UserError
 from rlhf.logprobs import completion_logprobs
-from rlhf.sampler import generate, sample
+from rlhf.sampler import SlotCache, generate, llama_like, llama_step, plain_step, sample
 
 VOCAB, PAD, STOP = 97, 0, 2
 SIZES = dict(
@@ -99,6 +99,32 @@ def test_greedy_equals_generate_on_ragged_prompts(name, slots):
     want = [transformers_greedy(model, p, n) for p, n in zip(prompts, limits, strict=True)]
     assert rows(done) == want
     assert len({tuple(row[:3]) for row in want if len(row) >= 3}) > 1  # not one constant answer
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_llama_step_equals_the_models_own_forward(name):
+    """40 rows of different lengths (three groups), and norms that are not all ones."""
+    model = build(name).model if name != "gpt2" else build(name).transformer
+    assert llama_like(model) == (name in ("llama", "llama-tied", "qwen2", "qwen3-tied"))
+    if not llama_like(model):
+        return
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:  # norms and biases
+            parameter.data.uniform_(0.5, 1.5)
+    caches = [SlotCache(40, 30), SlotCache(40, 30)]
+    for columns in (torch.zeros(40, dtype=torch.int64), torch.arange(40) % 29 + 1):
+        tokens = torch.randint(VOCAB, (40,))
+        with torch.inference_mode():
+            states = [
+                step(model, cache, tokens, columns, int(columns.max()) + 1)
+                for step, cache in zip((plain_step, llama_step), caches, strict=True)
+            ]
+        torch.testing.assert_close(states[1], states[0], rtol=1e-4, atol=1e-4)
+    hook = model.layers[0].register_forward_hook(lambda *args: None)
+    assert not llama_like(model)
+    hook.remove()
+    assert not llama_like(model.bfloat16())
 
 
 def test_stop_token_ends_a_row():
