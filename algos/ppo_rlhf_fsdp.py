@@ -21,7 +21,6 @@ sampler, nothing has dropout, and a response without EOS gets a fixed low score.
 
 Run:  torchrun --standalone --nproc_per_node 2 algos/ppo_rlhf_fsdp.py
       python algos/ppo_rlhf_fsdp.py --resume auto
-      torchrun --nproc_per_node 8 algos/ppo_rlhf_fsdp.py --model M --reward-model R --data D --bf16
 
 Differs from the paper: none known.
 Differs from the authors' code: sampling stops at EOS instead of at T tokens; advantages and rewards
@@ -105,7 +104,7 @@ class Args:
     """text of one token that ends a response as EOS does, for base models that never emit EOS"""
     trust_remote_code: bool = False
     """run Python code that comes with a model; only for repositories that you have read"""
-    total_episodes: int = 9_600
+    total_episodes: int = 6_400
     """responses of the whole run, all processes together; the paper's TL;DR: 1,000,000"""
     batch_size: int = 64
     """responses of an update, all processes together; the paper's TL;DR: 512"""
@@ -402,6 +401,7 @@ def score_tokens(actor_critic, reference, batch, args) -> None:
 
 
 def evaluate(replica, models, task, tokenizer, baseline, args) -> tuple[dict, dict]:
+    # diverges: a model that lies on all processes is evaluated where it is
     """Held-out prompts, with the same noise at every call. Returns lists over all, and a summary.
 
     models: actor_critic, reference, scorer and its tokenizer. baseline: lists of the first call.
@@ -639,6 +639,7 @@ def gather_lists(items):
 
 
 def update(actor_critic, optimizer, batch, args) -> dict[str, float]:
+    # diverges: micro-batches of sharded models
     """K epochs of minibatch steps on the responses of this process. Returns what to log.
 
     PITFALL: a loss is a mean over the tokens of the whole minibatch, on all processes and in all

@@ -221,14 +221,17 @@ def write_story(prompt: str, response_tokens: int, rng: random.Random, slips: fl
     return " ".join(opening + middle + closing)
 
 
+def check_story_length(response_tokens: int) -> None:
+    """Opening, one middle and closing need up to 20 tokens."""
+    if response_tokens < 20:
+        raise UserError(f"stories need a response of >= 20 tokens, not {response_tokens}")
+
+
 def write_stories(
     prompts: Sequence[str], response_tokens: int, seed: int, slips: float = 1.0
 ) -> list[str]:
     """One demonstration a prompt; the same seed writes the same stories."""
-    if response_tokens < 20:
-        raise UserError(
-            f"a story needs at least 20 tokens, but response_tokens is {response_tokens}"
-        )
+    check_story_length(response_tokens)
     rng = random.Random(seed)
     return [write_story(prompt, response_tokens, rng, slips) for prompt in prompts]
 
@@ -316,8 +319,7 @@ def load_task(name: str, response_tokens: int = 24) -> Task:
     """
     if name not in ("stories", "stories-gold"):
         raise UserError(f"unknown task '{name}': the built-in tasks are stories and stories-gold")
-    if response_tokens < 20:
-        raise UserError(f"task {name} needs response_tokens >= 20, not {response_tokens}")
+    check_story_length(response_tokens)
     train, test = ([{"prompt": prompt} for prompt in prompts] for prompts in story_prompts())
     return Task(name, train, test, story_gold if name == "stories-gold" else None, story_gold)
 

@@ -41,6 +41,7 @@ from rlhf.reward_model import (
 from rlhf.sft import train_sft
 from rlhf.tasks import (
     GRAMMAR_VERSION,
+    check_story_length,
     completion_ids,
     label_pairs,
     preference_probability,
@@ -146,6 +147,7 @@ def prepare(
     """
     from filelock import FileLock
 
+    check_story_length(response_tokens)
     root = Path(cache_dir or os.environ.get("FOLIO_CACHE") or "~/.cache/folio").expanduser()
     folder = root / f"tiny_lm-{response_tokens}-{recipe_hash(response_tokens, budget)}"
     result = TinyLM(folder / "policy", folder / "reward_model")
@@ -159,9 +161,12 @@ def prepare(
                 for left_over in root.glob(f".{folder.name}.*.tmp"):
                     shutil.rmtree(left_over)  # of a process that was killed: we hold the lock
                 temporary = root / f".{folder.name}.{os.getpid()}.tmp"
-                with all_cores():
-                    _make(temporary, response_tokens, budget, quiet)
-                temporary.rename(folder)
+                try:
+                    with all_cores():
+                        _make(temporary, response_tokens, budget, quiet)
+                    temporary.rename(folder)
+                finally:
+                    shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise UserError(
             f"cannot write the built-in model to {root} ({error}): set FOLIO_CACHE elsewhere"

@@ -65,8 +65,8 @@ CASES = {
         bad={
             "--batch-size 0": "--batch-size 0",
             "--total-episodes 4": "--total-episodes 4",
-            "--temperature 0": "--temperature 0",
-            "--model Nope": "--model Nope",
+            "--temperature 0": "temperature",
+            "--model no/folder/here --data x.jsonl --reward x:y": "no/folder/here",
             "--device cuda": "--device cpu",
         },
     ),

@@ -76,7 +76,9 @@ def one_line_error(script, *flags):
         code, _, err = refused.finish()
     assert code != 0
     assert "Traceback" not in err
-    lines = [line.removeprefix("[rank0]: ") for line in err.splitlines()]  # torch puts it there
+    # transformers shows a bar while it loads a model; torch puts the rank in front of an error
+    lines = [line for line in err.splitlines() if line.strip() and "it/s]" not in line]
+    lines = [line.removeprefix("[rank0]: ") for line in lines]
     assert len(lines) == 1 and lines[0].startswith("error: "), err
     return lines[0]
 

@@ -34,7 +34,7 @@ from rlhf.reward_model import (
     train_reward_model,
 )
 from rlhf.sft import save_folder
-from rlhf.tasks import story_prompts, write_stories
+from rlhf.tasks import prompt_ids, story_prompts, write_stories
 from rlhf.tiny_lm import build_tokenizer
 
 SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
@@ -204,7 +204,11 @@ def test_samples_as_rows(tmp_path):
     prompts, _ = texts_of(3)
     texts, rows = sample_rows(model, tokenizer, prompts, 6, seed=1)
     assert (texts, rows) == sample_rows(model, tokenizer, prompts, 6, seed=1)
-    assert all(row[-1] == tokenizer.eos_token_id and 13 <= len(row) <= 18 for row in rows)
+    for prompt, text, row in zip(prompts, texts, rows, strict=True):
+        start = prompt_ids(tokenizer, prompt)
+        assert row[: len(start)] == start and len(row) <= len(start) + 7
+        assert row[len(start) :].index(tokenizer.eos_token_id) == len(row) - len(start) - 1
+        assert tokenizer.decode(row[len(start) :], skip_special_tokens=True) == text
 
 
 def preference_file(folder):
