@@ -397,14 +397,15 @@ def save_checkpoint(run_dir, step, state):
             (unfinished / "manifest.json").write_text(json.dumps(dict(digests), indent=1))
             shutil.rmtree(path, ignore_errors=True)
             unfinished.rename(path)
-            for old in sorted(path.parent.glob("*[0-9]"))[:-2]:
+            done = sorted(path.parent.glob("*[0-9]"))  # a newer one is damaged, or was given up
+            for old in set(done) - set([other for other in done if other <= path][-2:]):
                 shutil.rmtree(old)
             missing = 3 - len(list(path.parent.iterdir()))  # two are kept while one is written
             needed = missing * sum(file.stat().st_size for file in path.iterdir())
             if shutil.disk_usage(path).free < needed:
                 raise OSError(f"the disk has less than the {needed / 1e6:.1f} MB that it will take")
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        raise UserError(f"--run-dir: cannot write {path}: {error}") from error
+        raise UserError(f"--run-dir: cannot write {path}: {str(error).splitlines()[-1]}") from error
     dist.barrier()
     return path
 
@@ -616,6 +617,9 @@ def main(args):
     agent = Agent(envs.single_observation_space, envs.single_action_space).to(device)
     flat = flatten_parameters(agent)
     optimizer = torch.optim.Adam([flat], lr=args.learning_rate, eps=1e-5, fused=True)
+    # made now, so that the first checkpoint is as large as the last
+    moments = {name: torch.zeros_like(flat.data) for name in ("exp_avg", "exp_avg_sq")}
+    optimizer.state[flat] = {"step": torch.zeros((), device=device), **moments}
     gradient = partial(minibatch_gradient, agent, flat, args=args)
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # compile the backward pass with the rest
@@ -682,6 +686,7 @@ def main(args):
             tqdm.write(f"stopped by a signal; --resume auto continues from {path}")
             sys.exit(128 + signal_number)
     log.size()  # flush
+    dist.barrier()  # nobody leaves while rank 0 still evaluates and writes
     dist.destroy_process_group()
 
 

@@ -494,14 +494,15 @@ def save_checkpoint(run_dir, step, state, tensors):
             (unfinished / "manifest.json").write_text(json.dumps(dict(digests), indent=1))
             shutil.rmtree(path, ignore_errors=True)
             unfinished.rename(path)
-            for old in sorted(path.parent.glob("*[0-9]"))[:-2]:
+            done = sorted(path.parent.glob("*[0-9]"))  # a newer one is damaged, or was given up
+            for old in set(done) - set([other for other in done if other <= path][-2:]):
                 shutil.rmtree(old)
             missing = 3 - len(list(path.parent.iterdir()))  # two are kept while one is written
             needed = missing * sum(file.stat().st_size for file in path.rglob("*"))
             if shutil.disk_usage(path).free < needed:
                 raise OSError(f"the disk has less than the {needed / 1e6:.1f} MB that it will take")
     except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
-        raise UserError(f"--run-dir: cannot write {path}: {error}") from error
+        raise UserError(f"--run-dir: cannot write {path}: {str(error).splitlines()[-1]}") from error
     dist.barrier()
     return path
 
@@ -653,8 +654,7 @@ def update(actor_critic, optimizer, batch, args) -> dict[str, float]:
             counts = torch.stack([minibatch["mask"].sum(), minibatch["value_mask"].sum()])
             tokens, states = sum_over_processes(counts)
             total = torch.zeros(5, device=tokens.device)
-            # Each part's gradient is summed into the shards at once. Syncing after the last part
-            # only would be faster, but holds whole float32 gradients: 28 GB more for 7B.
+            # Gradients go into the shards after each part: keeping them whole takes 28 GB for 7B.
             for mb, _ in micro_batches(minibatch, args.micro_batch_tokens):
                 outputs = response_tokens(actor_critic, mb, args.temperature)
                 token_sums, state_sums = token_ppo_loss(*outputs, mb, args)
@@ -787,11 +787,11 @@ def main(args):
         if signal_number:
             tqdm.write(f"stopped by a signal; --resume auto continues from {path}")
             sys.exit(128 + signal_number)
-    bar.close()
     log.size()  # flush
     if rank == 0:
         report(run_dir, replica, tokenizer, baseline, result, metrics)
         print(f"checkpoint: {path}")
+    dist.barrier()  # nobody leaves while rank 0 still evaluates and writes
     dist.destroy_process_group()
 
 

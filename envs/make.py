@@ -36,12 +36,11 @@ def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
         not isinstance(env.observation_space, gym.spaces.Box)
         or len(env.observation_space.shape) != 1
     ):
-        try:
-            env = gym.wrappers.FlattenObservation(env)
-        except NotImplementedError as error:
+        if not env.observation_space.is_np_flattenable:
             raise UserError(
                 f"--env-id {env_id}: observations of {env.observation_space} cannot be flattened"
-            ) from error
+            )
+        env = gym.wrappers.FlattenObservation(env)
     if video_dir:
         try:
             env = gym.wrappers.RecordVideo(

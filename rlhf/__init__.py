@@ -1,15 +1,18 @@
 """What surrounds a language model: log-probabilities, sampler, tasks, rewards, evaluation."""
 
+import errno
 import sys
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """Bad input; its message is one line that says what to do."""
 
 
 def report_user_error(kind, error, traceback) -> None:
-    """sys.excepthook: a UserError is one line, everything else keeps its traceback."""
+    """sys.excepthook: bad input or a full disk is one line, everything else keeps its traceback."""
     if issubclass(kind, UserError):
         print(f"error: {error}", file=sys.stderr)
+    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        print("error: the disk is full: free some space, --resume auto goes on", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
