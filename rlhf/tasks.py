@@ -147,7 +147,7 @@ GRAMMAR_VERSION = 2
 # Mean and std of the unscaled gold reward over samples of the SFT model (24 tokens, temperature 1).
 GOLD_MEAN, GOLD_STD = -0.36, 1.73
 # Bradley-Terry labels: a is preferred to b with probability sigmoid(sharpness * (gold_a - gold_b)).
-# At 2 the likelier one wins four times in five; at 1 the tiny model would need twice the pairs.
+# At 2 the likelier of two SFT samples wins four times in five.
 PREFERENCE_SHARPNESS = 2.0
 NUM_TRAIN_PROMPTS, NUM_TEST_PROMPTS = 20_000, 1_000
 

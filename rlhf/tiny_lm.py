@@ -107,8 +107,8 @@ def build_model(tokenizer, seed: int = 1, max_positions: int = 256):
     """A Llama of 1.1 million parameters: 4 layers, width 128, tied embeddings.
 
     The weights start with std 0.08, near 1 / sqrt(width): with transformers' 0.02 attention starts
-    flat, and copying is not yet learned when the budget ends (loss on careful stories 1.27 against
-    1.02 after 8,000 of them). Tied, because a story repeats what it has read.
+    flat, and learning what refers to what takes longer. Loss on held-out careful stories after
+    5,000 of them (one seed): 1.18 with 0.02, 1.09 with 0.08. Tied, because stories repeat names.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
