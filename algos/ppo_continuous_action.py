@@ -43,6 +43,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -124,6 +125,9 @@ class Args:
 
     def __post_init__(self):
         world_size = int(os.environ.get("WORLD_SIZE", 1))
+        for name in ("num_steps", "num_minibatches", "update_epochs", "eval_episodes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1")
         if self.num_envs < 1 or self.num_envs % world_size:
             raise UserError(f"--num-envs {self.num_envs}: not a multiple of {world_size} processes")
         if self.num_steps * self.num_envs % (self.num_minibatches * world_size):
@@ -474,7 +478,10 @@ def save_checkpoint(run_dir, step, state):
     path = run_dir / "checkpoints" / f"{step:012d}"
     unfinished = path.with_suffix(".partial")
     try:
-        unfinished.mkdir(parents=True, exist_ok=True)
+        if dist.get_rank() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        dist.barrier()
         file = unfinished / f"rank{dist.get_rank()}.pt"
         torch.save(state, file)
         with file.open("rb") as handle:
@@ -503,7 +510,7 @@ def damage(path):
         manifest = json.loads((path / "manifest.json").read_text())
         altered = [name for name, digest in manifest.items() if sha256(path / name) != digest]
         return f"{altered[0]} is altered or cut off" if altered else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         return str(error)
 
 
@@ -517,6 +524,8 @@ def find_checkpoint(run_dir, resume):
     paths = sorted((run_dir / "checkpoints").glob("*[0-9]"), reverse=True)
     if resume is None and (run_dir / "args.json").exists():
         found[1] = f"{run_dir} holds a run: --resume auto continues it; or give a --run-dir"
+    elif resume not in (None, "auto") and Path(resume).parent not in {p.parent for p in paths}:
+        found[1] = f"--resume {resume} is not in --run-dir {run_dir}: give the run's own directory"
     elif resume is not None and dist.get_rank() == 0:
         for path in paths if resume == "auto" else [Path(resume)]:
             flaw, processes = damage(path), len(list(path.glob("rank*.pt")))
@@ -573,6 +582,8 @@ class RunLog:
 
     def add(self, step, metrics):
         for key, value in metrics.items() if self.active else ():
+            if not math.isfinite(value):
+                raise UserError(f"{key} is {value} at step {step}; checkpoints are intact")
             self.file.write(f"{step},{key},{value:.8g}\n")
             self.board.add_scalar(key, value, step)
         if self.active and self.tracker:
@@ -588,13 +599,8 @@ class RunLog:
 def catch_signals():
     """A list that gets SIGINT or SIGTERM, to be read between updates; a second one ends at once."""
     caught = []
-
-    def remember(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, remember)
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, lambda n, _: (caught.append(n), signal.signal(n, signal.SIG_DFL)))
     return caught
 
 
@@ -606,8 +612,10 @@ def setup_process(device):
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA here; use --device cpu")
     cuda = device != "cpu" and torch.cuda.is_available()
-    alone = {} if dist.is_torchelastic_launched() else {"store": dist.HashStore(), "rank": 0}
-    dist.init_process_group("nccl" if cuda else "gloo", world_size=1 if alone else -1, **alone)
+    options = {"backend": "nccl" if cuda else "gloo", "timeout": timedelta(hours=1)}
+    if "WORLD_SIZE" not in os.environ:
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(**options)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if cuda:
         torch.cuda.set_device(local_rank)

@@ -45,6 +45,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -138,7 +139,7 @@ class Args:
     """weight of the value loss"""
     whiten_rewards: bool = False
     """divide rewards by their standard deviation (D1: yes, D2: shorter and worse responses)"""
-    max_grad_norm: float | None = None
+    max_grad_norm: float = math.inf
     """bound on the gradient norm of policy and critic each; the papers have none, libraries 1.0"""
     bf16: bool = False
     """compute in bfloat16; master weights and optimizer stay float32"""
@@ -164,20 +165,19 @@ class Args:
     """mirror the logs to this tracker, if it is installed"""
 
     def __post_init__(self):
+        for name in ("batch_size", "num_minibatches", "update_epochs", "temperature", "kl_horizon"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: want > 0")
         parts = int(os.environ.get("WORLD_SIZE", 1)) * self.num_minibatches
-        if self.batch_size < 1 or self.batch_size % parts:
+        if self.batch_size % parts:
             what = f"{parts}, processes times --num-minibatches"
             raise UserError(f"--batch-size {self.batch_size}: not a multiple of {what}")
         if self.total_episodes < self.batch_size:
             raise UserError(f"--total-episodes {self.total_episodes} is not one update")
         if self.reward and self.reward_model:
             raise UserError(f"--reward {self.reward} and --reward-model {self.reward_model}: one")
-        if self.temperature <= 0:
-            raise UserError(f"--temperature {self.temperature}: must be above 0")
-        if self.model and not self.data:
-            raise UserError(f"--model {self.model} needs --data, the prompts")
-        if self.data and not (self.reward or self.reward_model):
-            raise UserError(f"--data {self.data} needs --reward or --reward-model")
+        if (self.model and not self.data) or (self.data and not (self.reward or self.reward_model)):
+            raise UserError("--model needs --data, and --data needs --reward or --reward-model")
 
 
 # NETWORKS ========================================================================================
@@ -213,10 +213,7 @@ class ActorCritic(nn.Module):
         self.model, self.critic = model, critic
 
     def forward(self, input_ids, positions, temperature):
-        """ids (M, L), tokens to score (M, L) -> log-probs, entropies and, with a critic, values.
-
-        Each is (M, L). The logits of a whole sequence never exist.
-        """
+        """Ids, and which of them to score -> log-probs, entropies and, with a critic, values."""
         outputs = completion_logprobs(self.model, input_ids, positions, temperature)
         return outputs if self.critic is None else (*outputs, self.critic(input_ids))
 
@@ -265,13 +262,13 @@ def token_rewards(logprobs, ref_logprobs, scores, lengths, kl_coef):
 
 
 def whiten(x, mask, shift_mean=True):
-    """Unit variance over the masked entries of all processes, and zero mean; 0 elsewhere."""
+    """Unit variance and zero (or the old) mean over the mask, on all processes; 0 elsewhere."""
     y = x.double() * mask
     moments = torch.stack([mask.double().sum(), y.sum(), y.square().sum()])
     count, total, squares = sum_over_processes(moments)
     mean = total / count
     scale = ((squares / count - mean.square()).clamp(min=0) + 1e-8).rsqrt()
-    return ((y - mean * shift_mean) * scale * mask).float()
+    return (((y - mean) * scale + (0 if shift_mean else mean)) * mask).float()
 
 
 def gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda):
@@ -299,7 +296,7 @@ def token_ppo_loss(logprobs, entropy, values, mb, args):
     the old policy, clipped tokens (4,); and by its states, one more a response: value loss (1,).
     """
     mask, eps, eps_v = mb["mask"], args.clip_coef, args.vclip_coef
-    logratio = logprobs - mb["logprobs"]
+    logratio = (logprobs - mb["logprobs"]) * mask  # a part that does not count has no mask
     ratio = logratio.exp()
     gain = torch.min(mb["advantages"] * ratio, mb["advantages"] * ratio.clamp(1 - eps, 1 + eps))
     clipped = mb["values"] + (values - mb["values"]).clamp(-eps_v, eps_v)
@@ -513,7 +510,7 @@ def damage(path):
         manifest = json.loads((path / "manifest.json").read_text())
         altered = [name for name, digest in manifest.items() if sha256(path / name) != digest]
         return f"{altered[0]} is altered or cut off" if altered else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         return str(error)
 
 
@@ -527,6 +524,8 @@ def find_checkpoint(run_dir, resume):
     paths = sorted((run_dir / "checkpoints").glob("*[0-9]"), reverse=True)
     if resume is None and (run_dir / "args.json").exists():
         found[1] = f"{run_dir} holds a run: --resume auto continues it; or give a --run-dir"
+    elif resume not in (None, "auto") and Path(resume).parent not in {p.parent for p in paths}:
+        found[1] = f"--resume {resume} is not in --run-dir {run_dir}: give the run's own directory"
     elif resume is not None and dist.get_rank() == 0:
         for path in paths if resume == "auto" else [Path(resume)]:
             flaw, processes = damage(path), len(list(path.glob("rank*.pt")))
@@ -583,6 +582,8 @@ class RunLog:
 
     def add(self, step, metrics):
         for key, value in metrics.items() if self.active else ():
+            if not math.isfinite(value):
+                raise UserError(f"{key} is {value} at step {step}; checkpoints are intact")
             self.file.write(f"{step},{key},{value:.8g}\n")
             self.board.add_scalar(key, value, step)
         if self.active and self.tracker:
@@ -598,13 +599,8 @@ class RunLog:
 def catch_signals():
     """A list that gets SIGINT or SIGTERM, to be read between updates; a second one ends at once."""
     caught = []
-
-    def remember(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, remember)
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, lambda n, _: (caught.append(n), signal.signal(n, signal.SIG_DFL)))
     return caught
 
 
@@ -616,8 +612,10 @@ def setup_process(device):
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA here; use --device cpu")
     cuda = device != "cpu" and torch.cuda.is_available()
-    alone = {} if dist.is_torchelastic_launched() else {"store": dist.HashStore(), "rank": 0}
-    dist.init_process_group("nccl" if cuda else "gloo", world_size=1 if alone else -1, **alone)
+    options = {"backend": "nccl" if cuda else "gloo", "timeout": timedelta(hours=1)}
+    if "WORLD_SIZE" not in os.environ:
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(**options)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if cuda:
         torch.cuda.set_device(local_rank)
@@ -663,8 +661,8 @@ def update(actor_critic, optimizer, batch, args) -> dict[str, float]:
                 total += means.detach()
             grad_norms = []
             for group in optimizer.param_groups:
-                bound = math.inf if args.max_grad_norm is None else args.max_grad_norm
-                grad_norms.append(nn.utils.clip_grad_norm_(group["params"], bound).full_tensor())
+                norm = nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
+                grad_norms.append(norm.full_tensor())
             optimizer.step()
             optimizer.zero_grad()
             steps.append(torch.cat([sum_over_processes(total), torch.stack(grad_norms)]))
@@ -678,12 +676,11 @@ def main(args):
     run_dir = args.run_dir or Path("runs") / f"{Path(__file__).stem}__{args.seed}"
     path = find_checkpoint(run_dir, args.resume)
 
-    # The built-in world: a tiny model, stories, and a reward model of what readers prefer.
     tiny = None if args.model else prepare(response_tokens=args.response_length)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     model, tokenizer = load_causal_lm(args.model or tiny.policy, args.trust_remote_code, dtype)
     check_head(model)
-    task = load_prompts(tokenizer, args)
+    task = load_prompts(tokenizer, args, model.config)
     scorer = scorer_tokenizer = None
     if task.reward is None:
         name = args.reward_model or tiny.reward_model
@@ -698,7 +695,8 @@ def main(args):
     parameters = shard(actor_critic, mesh, args)
     if scorer is not None:
         shard(scorer, mesh, args, frozen=True)
-    lrs = (args.learning_rate, args.critic_learning_rate or args.learning_rate)
+    critic_lr = args.critic_learning_rate
+    lrs = (args.learning_rate, args.learning_rate if critic_lr is None else critic_lr)
     groups = [{"params": [p for n, p in parameters.items() if n.startswith("model.")]}]
     groups += [{"params": [p for n, p in parameters.items() if n.startswith("critic.")]}]
     optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
@@ -767,8 +765,7 @@ def main(args):
         # 6. log
         iteration += 1
         if task.gold:
-            gold = gather_lists(score(task.gold, records, texts))
-            metrics["charts/gold"] = sum(gold) / len(gold)
+            metrics["charts/gold"] = np.mean(gather_lists(score(task.gold, records, texts)))
         tokens = metrics["charts/response_length"] * args.batch_size
         metrics["charts/tokens_per_second"] = tokens / (time.monotonic() - started)
         metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]

@@ -86,7 +86,8 @@ def set_vector_env_state(envs: gym.vector.SyncVectorEnv, states: list[dict] | No
 
 
 def _is_mujoco(base: gym.Env) -> bool:
-    return isinstance(getattr(base, "data", None), mujoco.MjData)
+    # Others may keep more than the simulator does, a goal for example.
+    return type(base).__module__.startswith("gymnasium.envs.mujoco")
 
 
 def _is_classic(base: gym.Env) -> bool:

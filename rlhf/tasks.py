@@ -454,14 +454,17 @@ def completion_text(value: str | list[dict]) -> str:
     return value if isinstance(value, str) else str(value[-1]["content"])
 
 
-def load_prompts(tokenizer, args) -> Task:
+def load_prompts(tokenizer, args, config) -> Task:
     """The task that a training script's flags describe; each record also has its token "ids".
 
     args has the fields data (see `load_records`; None: the built-in stories), data_split,
     eval_split, eval_prompts, prompt_field, prompt_template, reward (see `load_reward`),
     max_prompt_tokens and response_length. Of a single file the last records are held out. Prompts
-    that are too long are left out, with a line that counts them.
+    that are too long, also for the positions that the model's config gives, are left out, with a
+    line that counts them.
     """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    longest = min(args.max_prompt_tokens, positions - args.response_length)
     if args.data is None:
         task = load_task("stories", args.response_length)
         train, test, gold = task.train, task.test, task.gold
@@ -478,9 +481,9 @@ def load_prompts(tokenizer, args) -> Task:
     kept = []
     for records in (train, test[: args.eval_prompts]):
         records = [record | {"ids": prompt_ids(tokenizer, record["prompt"])} for record in records]
-        short = [record for record in records if len(record["ids"]) <= args.max_prompt_tokens]
+        short = [record for record in records if len(record["ids"]) <= longest]
         if not short:
-            raise UserError(f"every prompt is over --max-prompt-tokens {args.max_prompt_tokens}")
+            raise UserError(f"every prompt has over {longest} tokens: see --max-prompt-tokens")
         if len(short) < len(records):
             left_out = len(records) - len(short)
             print(f"{left_out} of {len(records)} prompts left out, too long", file=sys.stderr)
