@@ -37,6 +37,7 @@ from rlhf.tasks import (
     prompt_text,
     score,
     shorten,
+    stop_token_ids,
 )
 
 
@@ -115,6 +116,7 @@ def draw_samples(
     temperature: float = 1.0,
     seed: int = 1,
     batch_size: int = 64,
+    stop: str | None = None,
 ) -> Samples:
     """One completion of each prompt; the same seed draws the same completions."""
     device = next(model.parameters()).device
@@ -122,7 +124,7 @@ def draw_samples(
         model,
         list(prompts),
         max_new_tokens=max_new_tokens,
-        stop_ids=[tokenizer.eos_token_id],
+        stop_ids=stop_token_ids(tokenizer, stop),
         pad_id=pad_token_id(tokenizer),
         temperature=temperature,
         slots=batch_size,
@@ -301,6 +303,8 @@ class Args:
     """of the samples and of the KL; 0 takes the likeliest token, and has no KL"""
     batch_size: int = 64
     """rows that work at the same time"""
+    stop: str | None = None
+    """text of one token that ends a completion as EOS does, if the policy was trained with one"""
     seed: int = 1
     """of the samples"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -341,7 +345,14 @@ def main(args: Args) -> None:
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     drawn = [
         draw_samples(
-            m, tokenizer, ids, args.response_tokens, args.temperature, args.seed, args.batch_size
+            m,
+            tokenizer,
+            ids,
+            args.response_tokens,
+            args.temperature,
+            args.seed,
+            args.batch_size,
+            args.stop,
         )
         for m in (model, baseline)
     ]

@@ -50,6 +50,7 @@ from rlhf.tasks import (
     load_records,
     pad_token_id,
     prompt_ids,
+    stop_token_ids,
 )
 
 Pair = tuple[
@@ -313,7 +314,7 @@ def sample_rows(
         model,
         ids,
         max_new_tokens=max_new_tokens,
-        stop_ids=[tokenizer.eos_token_id],
+        stop_ids=stop_token_ids(tokenizer),
         pad_id=pad_token_id(tokenizer),
         temperature=temperature,
         slots=batch_size,

@@ -58,8 +58,8 @@ CASES = {
     "ppo_rlhf_fsdp": Case(
         smoke="--total-episodes 320 --batch-size 16 --eval-prompts 16 --eval-every 8",
         changed="--temperature 0.9",
-        learning="--total-episodes 4800",
-        score=("eval/gold", 0.0),
+        learning="--total-episodes 1920",  # the SFT model has about 0.2, its samples a std of 1
+        score=("eval/gold", 1.2),
         processes=2,
         prepare="rlhf.tiny_lm",
         bad={
