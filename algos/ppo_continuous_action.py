@@ -568,14 +568,14 @@ class RunLog:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "args.json").write_text(json.dumps(record, indent=1))
-            self.file = (run_dir / "metrics.csv").open("a")
+            self.file = (run_dir / "metrics.csv").open("a", buffering=1)  # a line at a time
+            self.file.truncate(size)
+            self.file.write("" if size else "step,key,value\n")
             self.tracker = importlib.import_module(args.track) if args.track else None
         except OSError as error:
             raise UserError(f"--run-dir {run_dir}: {error.strerror}; choose another") from error
         except ImportError as error:
             raise UserError(f"--track {args.track}: pip install {args.track}") from error
-        self.file.truncate(size)
-        self.file.write("" if size else "step,key,value\n")
         self.board = SummaryWriter(str(run_dir))
         if self.tracker:
             self.tracker.init(project="folio", name=run_dir.name, config=plain_args(args))
