@@ -27,6 +27,7 @@ Shapes: T steps of a rollout, N environments of this process, B = T * N, M minib
 size, K number of actions.
 """
 
+import errno
 import hashlib
 import importlib
 import importlib.metadata
@@ -481,6 +482,8 @@ class RunLog:
         record = {"args": plain_args(args), "commit": commit, "packages": packages}
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(run_dir).free < 2**20:
+                raise OSError(errno.ENOSPC, "less than 1 MB free")
             (run_dir / "args.json").write_text(json.dumps(record, indent=1))
             self.file = (run_dir / "metrics.csv").open("a", buffering=1)  # a line at a time
             self.file.truncate(size)
