@@ -27,6 +27,7 @@ Shapes: T steps of a rollout, N environments of this process, B = T * N, M minib
 size, K number of actions.
 """
 
+import atexit
 import errno
 import hashlib
 import importlib
@@ -533,6 +534,7 @@ def setup_process(device):
     if "WORLD_SIZE" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(**options)
+    atexit.register(dist.destroy_process_group)  # a thread of gloo must not outlive Python
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if cuda:
         torch.cuda.set_device(local_rank)
@@ -697,9 +699,7 @@ def main(args):
         if signal_number:
             tqdm.write(f"stopped by a signal; --resume auto continues from {path}")
             sys.exit(128 + signal_number)
-    log.size()  # flush
     dist.barrier()  # nobody leaves while rank 0 still evaluates and writes
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

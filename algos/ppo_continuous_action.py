@@ -10,8 +10,7 @@ What continuous actions add to the parent, whose eqs. (1) to (5) stay as they ar
 
     pi(a|s) = prod_i Normal(a_i; mu_i(s), exp(w_i)),   w a vector that does not depend on s    (6)
     s  <- clip((s - mean) / sqrt(var + 1e-8), -10, 10),   moments of all observations so far   (7)
-    r_t <- clip(r_t / sqrt(var[G] + 1e-8), -10, 10),   G_t = gamma (1 - terminated_t) G_{t-1} + r_t
-                                                                                               (8)
+    r_t <- clip(r_t / sqrt(var[G] + 1e-8), -10, 10),  G_t = gamma (1 - term_t) G_{t-1} + r_t     (8)
 The environment gets the action clipped to its bounds; the loss sees the action as it was drawn.
 
 Run:  python algos/ppo_continuous_action.py --env-id HalfCheetah-v5
@@ -29,6 +28,7 @@ Shapes: T steps of a rollout, N environments of this process, B = T * N, M minib
 size, A action size.
 """
 
+import atexit
 import errno
 import hashlib
 import importlib
@@ -619,6 +619,7 @@ def setup_process(device):
     if "WORLD_SIZE" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(**options)
+    atexit.register(dist.destroy_process_group)  # a thread of gloo must not outlive Python
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if cuda:
         torch.cuda.set_device(local_rank)
@@ -790,9 +791,7 @@ def main(args):
         if signal_number:
             tqdm.write(f"stopped by a signal; --resume auto continues from {path}")
             sys.exit(128 + signal_number)
-    log.size()  # flush
     dist.barrier()  # nobody leaves while rank 0 still evaluates and writes
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

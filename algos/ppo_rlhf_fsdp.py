@@ -31,6 +31,7 @@ Shapes: B responses of this process, T tokens of the longest one, L columns of p
 M rows of a micro-batch.
 """
 
+import atexit
 import copy
 import errno
 import hashlib
@@ -619,6 +620,7 @@ def setup_process(device):
     if "WORLD_SIZE" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(**options)
+    atexit.register(dist.destroy_process_group)  # a thread of gloo must not outlive Python
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if cuda:
         torch.cuda.set_device(local_rank)
@@ -787,12 +789,10 @@ def main(args):
         if signal_number:
             tqdm.write(f"stopped by a signal; --resume auto continues from {path}")
             sys.exit(128 + signal_number)
-    log.size()  # flush
     if rank == 0:
         report(run_dir, replica, tokenizer, baseline, result, metrics)
         print(f"checkpoint: {path}")
     dist.barrier()  # nobody leaves while rank 0 still evaluates and writes
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
