@@ -2,12 +2,13 @@
 
 import sys
 
-from benchmark import gpu_check, links, speed, sync
+from benchmark import gpu_check, links, run, speed, sync
 from rlhf import UserError
 
 COMMANDS = {
     "gpu-check": gpu_check.main,
     "links": links.main,
+    "run": run.main,
     "speed": speed.main,
     "sync": sync.main,
 }

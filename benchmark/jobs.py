@@ -1,0 +1,379 @@
+"""Run scripts side by side: a process a run, one thread each, resumable at any point.
+
+A job owns a run directory. Whoever runs it holds the lock file in it, and so does the script that
+it started, so that two commands can share the work and nothing is run twice; a lock ends with the
+processes that hold it, however they end.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from benchmark import results
+from rlhf import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+LOG_TAIL = 15  # lines of a failed run's log that its record keeps
+ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Job:
+    paper: str
+    scale: str
+    run: str
+    env: str
+    """"" for a script without --env-id"""
+    seed: int
+    script: str
+    """path, from the root of the project where it lies there"""
+    flags: tuple[str, ...]
+    metrics: tuple[str, ...]
+    """keys of metrics.csv that the run must leave"""
+    run_dir: Path
+    results: Path
+    processes: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.run}__{self.env or 'builtin'}__{self.seed}"
+
+    def command(self, python: str = "python") -> list[str]:
+        """The command line; --resume auto starts a new run where there is none."""
+        launcher = [python]
+        if self.processes > 1:
+            words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+            launcher += [*words, str(self.processes)]
+        folder = relative(self.run_dir)
+        return [*launcher, self.script, *self.flags, "--run-dir", folder, "--resume", "auto"]
+
+    def finished(self) -> bool:
+        """Whether the results hold this run, made with these flags."""
+        record = results.records(self.results, self.paper, self.scale).get(self.name)
+        return bool(record) and self.is_done(record)
+
+    def is_done(self, record: dict) -> bool:
+        return record["state"] == "done" and record["command"] == shlex.join(self.command())
+
+
+def relative(path: Path) -> str:
+    path = path.resolve()
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+def locked(lock) -> bool:
+    """Whether another process holds the lock of this open file; if not, this one does now."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
+
+
+class Attempts:
+    """What each start of a job took, kept in its run directory so that wall times add up."""
+
+    def __init__(self, run_dir: Path):
+        self.path = run_dir / "attempts.json"
+        try:
+            self.list = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            self.list = []
+
+    def start(self) -> None:
+        self.started = time.monotonic()
+        self.list.append({"started": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", "seconds": 0.0})
+
+    def save(self) -> None:
+        self.list[-1]["seconds"] = round(time.monotonic() - self.started, 1)
+        results.write(self.path, json.dumps(self.list, indent=1))
+
+
+# RUN ONE =========================================================================================
+
+
+def run_job(job: Job, started: Callable[[subprocess.Popen], None] = lambda _: None) -> str:
+    """Run a job to its end and store its result; `started` gets the process.
+
+    Returns "done", "failed", "stopped" (by a signal: to be continued) or "elsewhere" (another
+    command is at it). Raises UserError where the result cannot be written.
+    """
+    try:
+        job.run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (job.run_dir / "lock").open("w")
+    except OSError as error:
+        raise UserError(f"{job.run_dir}: {error.strerror}") from error
+    with lock:
+        if locked(lock) and (time.sleep(0.5) or locked(lock)):  # `status` holds it for a moment
+            return "elsewhere"
+        if job.finished():  # by another command, since this one looked
+            return "done"
+        try:
+            return run_locked(job, lock.fileno(), started)
+        except OSError as error:
+            raise UserError(
+                f"{job.name}: {error.strerror or error}; the run is kept in {relative(job.run_dir)}"
+                f", the same command goes on"
+            ) from error
+
+
+def run_locked(job: Job, lock: int, started: Callable[[subprocess.Popen], None]) -> str:
+    attempts = Attempts(job.run_dir)
+    attempts.start()
+    attempts.save()
+    environment = os.environ | dict.fromkeys(ONE_THREAD, "1") | {"PYTHONUNBUFFERED": "1"}
+    with (job.run_dir / "log.txt").open("a") as log:
+        log.write(f"$ {shlex.join(job.command())}\n")
+        log.flush()
+        process = subprocess.Popen(
+            job.command(sys.executable),
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            pass_fds=[lock],
+            start_new_session=True,  # Ctrl-C reaches the launcher alone, which tells the runs
+        )
+    started(process)
+    while process.poll() is None:
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            attempts.save()
+    attempts.save()
+    code = process.returncode
+    if code in (130, 143, -signal.SIGINT, -signal.SIGTERM):
+        return "stopped"
+    record, text = harvest(job, code, attempts.list)
+    results.store(job.results, job.paper, job.scale, record, text)
+    return record["state"]
+
+
+def harvest(job: Job, code: int, attempts: list[dict]) -> tuple[dict, str | None]:
+    """The record of an ended run, and its CSV where it ended well."""
+    record = {
+        "job": job.name,
+        "run": job.run,
+        "env": job.env,
+        "seed": job.seed,
+        "state": "failed",
+        "exit_code": code,
+        "command": shlex.join(job.command()),
+        "wall_seconds": round(sum(attempt["seconds"] for attempt in attempts), 1),
+        "attempts": len(attempts),
+        "started": attempts[0]["started"],
+        "processes": job.processes,
+        "threads": 1,
+        "machine": machine(),
+    }
+    flaw = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    series = {}
+    try:
+        told = json.loads((job.run_dir / "args.json").read_text())
+        record["commit"] = told["commit"].removesuffix("-dirty")
+        record["dirty"] = told["commit"].endswith("-dirty")
+        names = ("torch", "numpy", "gymnasium", "mujoco", "transformers")
+        record["versions"] = {name: told["packages"].get(name) for name in names}
+        series = results.read_metrics(job.run_dir / "metrics.csv")
+    except (OSError, ValueError, KeyError) as error:
+        if code == 0:
+            flaw = f"exit code 0, but its args.json or metrics.csv cannot be read: {error}"
+    missing = [key for key in job.metrics if key not in series]
+    if code == 0 and series and missing:
+        flaw = f"exit code 0, but no {missing[0]} in metrics.csv"
+    if code or missing:
+        log = (job.run_dir / "log.txt").read_text(errors="replace").splitlines()
+        log = [line.rpartition("\r")[2][:500] for line in log if line.strip()]
+        return record | {"error": flaw, "log": log[-LOG_TAIL:]}, None
+    edges, table = results.curves(series, list(job.metrics))
+    record["steps"] = int(edges[-1])
+    record["scores"] = {
+        key: {k: float(f"{v:.7g}") for k, v in results.scores(series[key][1], table[key]).items()}
+        for key in job.metrics
+    }
+    return record | {"state": "done"}, results.csv_text(edges, table)
+
+
+def machine() -> dict:
+    """CPU, its cores, and the GPU where there is one."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), cpu)
+    found = {"cpu": cpu, "cores": len(os.sched_getaffinity(0))}
+    try:
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        gpus = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
+    except OSError:
+        gpus = []
+    return found | ({"gpus": gpus} if gpus else {})
+
+
+# RUN MANY ========================================================================================
+
+
+def progress(job: Job) -> tuple[int, int]:
+    """(steps done, steps of the whole run) from the logs; (0, 0) while there are none."""
+    try:
+        args = json.loads((job.run_dir / "args.json").read_text())["args"]
+        with (job.run_dir / "metrics.csv").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            lines = file.read().decode(errors="replace").splitlines(keepends=True)
+        steps = [int(x.partition(",")[0]) for x in lines[1:] if x.endswith("\n") and x[0] != "s"]
+        total = int(args.get("total_timesteps") or args.get("total_episodes") or 0)
+        return (min(steps[-1], total) if steps else 0), total
+    except (OSError, ValueError, KeyError):
+        return 0, 0
+
+
+class Watch:
+    """Speed and time left of the jobs that run now, as their logs tell."""
+
+    def __init__(self, jobs: Iterable[Job]):
+        self.state = {job: "waiting" for job in jobs}
+        self.origin = {}
+        self.at = {}
+
+    def look(self) -> None:
+        for job, state in self.state.items():
+            if state in ("running", "elsewhere"):
+                step, total = progress(job)
+                now = time.monotonic()
+                if step and job not in self.origin:
+                    self.origin[job] = (step, now)
+                first, since = self.origin.get(job, (step, now))
+                rate = (step - first) / (now - since) if step > first else 0.0
+                self.at[job] = (step, total, rate)
+
+    def table(self) -> Table:
+        table = Table(box=None, pad_edge=False)
+        for name in ("run", "state", "", "", "steps/s", "left"):
+            table.add_column(name, justify="right" if name in ("steps/s", "left") else "left")
+        for job, state in self.state.items():
+            if state in ("waiting", "done", "stopped"):
+                continue
+            step, total, rate = self.at.get(job, (0, 0, 0.0))
+            bar = ProgressBar(total=max(total, 1), completed=step, width=24)
+            left = clock((total - step) / rate) if rate else ""
+            share = f"{step / total:4.0%}" if total else ""
+            table.add_row(job.name, state, bar, share, f"{rate:.0f}" if rate else "", left)
+        counts = [f"{list(self.state.values()).count(s)} {s}" for s in ("done", "waiting")]
+        table.caption = ", ".join(counts)
+        return table
+
+
+def clock(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds) // 60, 60)
+    return f"{hours}:{minutes:02d}:{round(seconds) % 60:02d}"
+
+
+def launch(jobs: list[Job], workers: int, console: Console) -> Watch:
+    """Run `jobs`, `workers` at a time. SIGINT or SIGTERM lets each write a checkpoint and ends."""
+    watch, processes, lock = Watch(jobs), {}, threading.Lock()
+    stop = threading.Event()
+
+    def work(job: Job) -> None:
+        def started(process: subprocess.Popen) -> None:
+            with lock:
+                processes[job] = process
+                if stop.is_set():  # it came while this one was starting
+                    process.terminate()
+
+        if stop.is_set():
+            return
+        watch.state[job] = "running"
+        console.print(f"start    {job.name}") if not console.is_terminal else None
+        watch.state[job] = state = run_job(job, started)
+        if state == "failed":
+            record = results.records(job.results, job.paper, job.scale)[job.name]
+            console.print(f"[red]failed[/]   {job.name}: {record['error']}")
+            for line in record["log"]:
+                console.print(f"    {line}", markup=False, highlight=False)
+            console.print(f"    repeat it: {record['command']}", markup=False, highlight=False)
+        else:
+            console.print(f"{state:8s} {job.name}")
+
+    def interrupt(number: int, _) -> None:
+        again = stop.is_set()
+        stop.set()
+        with lock:
+            for process in processes.values():
+                if process.poll() is None:
+                    # a second signal does not wait for checkpoints
+                    process.kill() if again else process.terminate()
+        console.print("stopping: every run writes a checkpoint; the same command goes on later")
+
+    old = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            futures = [pool.submit(work, job) for job in jobs]
+            follow(watch, lambda: all(future.done() for future in futures), console)
+            for future in futures:
+                future.result()  # an error of ours must not pass in silence
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+    return watch
+
+
+def follow(watch: Watch, ended: Callable[[], bool], console: Console) -> None:
+    """Show the table until `ended`; on what is no terminal, nothing."""
+    with Live(watch.table(), console=console, refresh_per_second=2, transient=True) as live:
+        while not ended():
+            time.sleep(0.2)
+            if console.is_terminal:
+                watch.look()
+                live.update(watch.table())
+
+
+def submit(jobs: list[Job], cluster: str, folder: Path, options: dict, console: Console) -> Watch:
+    """Hand `jobs` to Slurm by submitit (cluster "local" tries the same path on this machine).
+
+    Ctrl-C ends the watching only; the jobs go on.
+    """
+    try:
+        import submitit
+    except ImportError as error:
+        raise UserError("--launcher slurm and local need submitit: pip install submitit") from error
+    try:
+        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+        executor.update_parameters(**options)
+        handles = dict(zip(jobs, executor.map_array(run_job, jobs), strict=True))
+    except (RuntimeError, FileNotFoundError) as error:  # no sbatch here, or it refused
+        raise UserError(f"--launcher {cluster}: {error}") from error
+    watch = Watch(jobs)
+    words = {"RUNNING": "running", "PENDING": "waiting", "UNKNOWN": "waiting"}
+
+    def ended() -> bool:
+        for job, handle in handles.items():
+            if not handle.done():
+                watch.state[job] = words.get(handle.state, handle.state.lower())
+            elif watch.state[job] not in ("done", "failed", "stopped", "elsewhere"):
+                error = handle.exception()
+                watch.state[job] = f"failed ({error})" if error else handle.result()
+                console.print(f"{watch.state[job]:8s} {job.name}", markup=False)
+        return all(handle.done() for handle in handles.values())
+
+    try:
+        follow(watch, ended, console)
+    except KeyboardInterrupt:
+        console.print("the jobs go on; python -m benchmark status shows them")
+    return watch
