@@ -2,14 +2,18 @@
 
 import sys
 
-from benchmark import gpu_check, links, run, speed, sync
+from benchmark import compare, gpu_check, links, listing, report, run, speed, status, sync
 from rlhf import UserError
 
 COMMANDS = {
+    "compare": compare.main,
     "gpu-check": gpu_check.main,
     "links": links.main,
+    "list": listing.main,
+    "report": report.main,
     "run": run.main,
     "speed": speed.main,
+    "status": status.main,
     "sync": sync.main,
 }
 

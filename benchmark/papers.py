@@ -175,6 +175,11 @@ class Paper(Table):
             missing = [s for s in SCALES if getattr(run, s) is not None and s not in self.scales]
             if missing:
                 raise ValueError(f"run {run.name!r} has {missing[0]}, but [scales] has not")
+            for scale in SCALES:
+                try:
+                    run.flags(scale)
+                except ValueError as error:  # a quotation mark without its partner
+                    raise ValueError(f"run {run.name!r}, flags: {error}") from error
         for claim in self.claims:
             try:
                 self.check_claim(claim)
@@ -234,7 +239,7 @@ def load(name: str, folder: Path = FOLDER) -> Paper:
     try:
         with path.open("rb") as file:
             return Paper(**tomllib.load(file))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"benchmark/papers/{path.name}: {error}") from error
     except ValidationError as error:
         raise UserError(f"benchmark/papers/{path.name}: {explain(error)}") from error

@@ -55,22 +55,22 @@ def curves(series: dict, keys: list[str]) -> tuple[np.ndarray, dict[str, np.ndar
     """
     end = max(int(steps[-1]) for steps, _ in series.values())
     edges = np.unique(np.linspace(0, end, min(ROWS, end) + 1).astype(np.int64))[1:]
-    table = {}
+    columns = {}
     for key in keys:
         steps, values = series[key]
         place = np.searchsorted(edges, steps)  # step 0 belongs to the first stretch
         count = np.bincount(place, minlength=len(edges))
         total = np.bincount(place, values, minlength=len(edges))
-        table[key] = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-    return edges, table
+        columns[key] = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    return edges, columns
 
 
-def csv_text(edges: np.ndarray, table: dict[str, np.ndarray]) -> str:
+def csv_text(edges: np.ndarray, columns: dict[str, np.ndarray]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["step", *table])
+    writer.writerow(["step", *columns])
     for i, step in enumerate(edges):
-        cells = ["" if math.isnan(table[key][i]) else f"{table[key][i]:.6g}" for key in table]
+        cells = ["" if math.isnan(columns[key][i]) else f"{columns[key][i]:.6g}" for key in columns]
         if any(cells):
             writer.writerow([step, *cells])
     return out.getvalue()
@@ -82,6 +82,16 @@ def read_curve(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
         rows = [(int(r["step"]), float(r[key])) for r in csv.DictReader(file) if r[key]]
     steps, values = zip(*rows, strict=True)
     return np.array(steps), np.array(values)
+
+
+def table(paths: list[Path], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """One column of several CSVs on the union of their steps: (S,), (R, S); NaN: no value."""
+    stored = [read_curve(path, key) for path in paths]
+    steps = np.unique(np.concatenate([own for own, _ in stored]))
+    runs = np.full((len(stored), len(steps)), np.nan)
+    for line, (own, values) in zip(runs, stored, strict=True):
+        line[np.searchsorted(steps, own)] = values
+    return steps, runs
 
 
 def write(path: Path, text: str) -> None:

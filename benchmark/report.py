@@ -1,0 +1,491 @@
+"""Write the pages that rest on results: the scoreboard of claims, a page a paper, the diffs.
+
+    python -m benchmark report
+    python -m benchmark report --check
+
+Every number on these pages comes from benchmark/results/ or benchmark/papers/, and names its file.
+`--check` writes nothing and fails where a page or a picture is not the one that the files give; a
+picture is recognized by the digest of its data that it carries.
+"""
+
+import html
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+
+from benchmark import diff, jobs, papers, plots, results, stats
+from benchmark.run import plan
+from rlhf import UserError
+
+DOCS = jobs.ROOT / "docs"
+ORDER = ("paper", "laptop", "smoke")
+VERDICTS = ("reproduced", "not reproduced", "inconclusive", "not run")
+MADE = "<!-- Written by `python -m benchmark report`; changes by hand are lost. -->"
+UNCOUNTED = ("charts/SPS", "charts/tokens_per_second")  # what a machine does, not an algorithm
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The finished runs of one paper at one scale."""
+
+    name: str
+    paper: papers.Paper
+    scale: str
+    records: dict[str, dict]
+    planned: list[jobs.Job]
+    folder: Path
+
+    def jobs_of(self, run: str, env: str) -> list[jobs.Job]:
+        return [job for job in self.planned if (job.run, job.env) == (run, env)]
+
+    def done(self, run: str, env: str) -> list[jobs.Job]:
+        """Finished with the flags that the paper's file has today."""
+        group = self.jobs_of(run, env)
+        return [j for j in group if j.name in self.records and j.is_done(self.records[j.name])]
+
+    def failed(self, run: str, env: str) -> list[jobs.Job]:
+        group = self.jobs_of(run, env)
+        return [j for j in group if self.records.get(j.name, {}).get("state") == "failed"]
+
+    def score(self, job: jobs.Job, metric: str, score: str, step: int | None = None) -> float:
+        if score != "at_step":
+            return self.records[job.name]["scores"][metric][score]
+        path = self.folder / self.name / self.scale / f"{job.name}.csv"
+        steps, values = results.read_curve(path, metric)
+        return float(values[np.abs(steps - step).argmin()])
+
+    def scores(self, run: str, env: str, metric: str, score: str, step=None) -> np.ndarray:
+        found = [self.score(job, metric, score, step) for job in self.done(run, env)]
+        return np.array(found)
+
+
+@dataclass(frozen=True)
+class Judged:
+    claim: papers.Claim
+    verdict: Literal["reproduced", "not reproduced", "inconclusive", "not run"]
+    scale: str = ""
+    interval: stats.Interval | None = None
+    runs: str = ""
+    reason: str = ""
+
+
+def gather(name: str, folder: Path, scales: tuple[str, ...]) -> dict[str, Evidence]:
+    """{scale: evidence} of a paper, for those of `scales` that it has."""
+    paper, found = papers.load(name), {}
+    for scale in scales:
+        if scale in paper.scales:
+            stored = results.records(folder, name, scale)
+            seeds = max([paper.scales[scale].seeds, *(r["seed"] for r in stored.values())])
+            planned = plan(name, scale, seeds, folder=folder)
+            found[scale] = Evidence(name, paper, scale, stored, planned, folder)
+    return found
+
+
+def judge(claim: papers.Claim, found: dict[str, Evidence]) -> Judged:
+    """By the largest scale whose runs are all there."""
+    reasons = []
+    for scale, evidence in found.items():
+        envs = evidence.paper.claim_envs(claim)
+        names = [name for name in (claim.run, claim.baseline) if name]
+        groups = [(name, env) for name in names for env in envs]
+        wanted = evidence.paper.scales[scale].seeds
+        done = [len(evidence.done(*group)) for group in groups]
+        failed = sum(len(evidence.failed(*group)) for group in groups)
+        if not all(evidence.jobs_of(*group) for group in groups):
+            continue  # not part of this scale
+        if failed:
+            why = f"{failed} of {sum(done) + failed} runs failed"
+            return Judged(claim, "inconclusive", scale, runs=str(sum(done)), reason=why)
+        if min(done) < wanted:
+            if sum(done):
+                reasons.append(f"{scale}: {sum(done)} of {wanted * len(groups)} runs so far")
+            continue
+        runs = f"{min(done)}" if min(done) == max(done) else f"{min(done)} to {max(done)}"
+        runs += f" x {len(groups)}" if len(groups) > 1 else ""
+        interval = effect(claim, evidence, envs)
+        return Judged(claim, stats.verdict(interval, claim.low, claim.high), scale, interval, runs)
+    return Judged(claim, "not run", reason="; ".join(reasons))
+
+
+def effect(claim: papers.Claim, evidence: Evidence, envs: list[str]) -> stats.Interval:
+    def tasks(run: str) -> list[np.ndarray]:
+        return [evidence.scores(run, e, claim.metric, claim.score, claim.step) for e in envs]
+
+    if claim.numbers:
+        numbers = [evidence.paper.number(name) for name in claim.numbers]
+        published = [(n.value, n.spread, n.seeds) for n in numbers]
+        return stats.published_interval(tasks(claim.run), published, claim.effect)
+    if claim.baseline:
+        sides = tasks(claim.run), tasks(claim.baseline)
+        return stats.effect_interval(*sides, claim.effect, claim.statistic)
+    return stats.score_interval(tasks(claim.run), claim.statistic)
+
+
+# TEXT ============================================================================================
+
+
+def number(value: float) -> str:
+    """Four significant digits, without an exponent where that stays short."""
+    if not math.isfinite(value):
+        return "inf" if value > 0 else "-inf"
+    if value and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.3g}"
+    digits = max(0, 3 - math.floor(math.log10(abs(value)))) if value else 0
+    return f"{value:,.{min(digits, 4)}f}"
+
+
+def spread(values: np.ndarray) -> str:
+    """Mean and standard deviation (ddof 0), the form of the published tables."""
+    if not len(values):
+        return ""
+    return f"{number(values.mean())} +- {number(values.std())}"
+
+
+def bounds(claim: papers.Claim) -> str:
+    if claim.low is not None and claim.high is not None:
+        return f"{claim.low:g} to {claim.high:g}"
+    return f"at least {claim.low:g}" if claim.high is None else f"at most {claim.high:g}"
+
+
+def kind(claim: papers.Claim) -> str:
+    words = {"ratio": "ours / published", "difference": "ours - published", "score": "score"}
+    if claim.baseline:
+        sign = "/" if claim.effect == "ratio" else "-"
+        return f"{claim.run} {sign} {claim.baseline}"
+    return words[claim.effect]
+
+
+def cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def shown(judged: Judged) -> tuple[str, str]:
+    """Effect and interval, as cells of a table."""
+    if judged.interval is None:
+        return "", ""
+    i = judged.interval
+    return number(i.value), f"[{number(i.low)}, {number(i.high)}]"
+
+
+def verdict(judged: Judged) -> str:
+    text = f"**{judged.verdict}**" if judged.interval else judged.verdict
+    return text + (f" ({judged.reason})" if judged.reason else "")
+
+
+def scoreboard(board: dict[str, list[Judged]]) -> str:
+    counts = Counter(judged.verdict for claims in board.values() for judged in claims)
+    lines = [
+        "# Scoreboard of claims",
+        "",
+        MADE,
+        "",
+        "What papers say, tested by runs that anyone can repeat. A claim names the effects for "
+        "which it holds before its runs are made. **Reproduced**: the whole 95 % interval of the "
+        "effect lies there. **Not reproduced**: none of it does. **Inconclusive**: a part of it "
+        "does, or runs failed. Intervals are bootstrap intervals over runs, stratified over tasks; "
+        "where an effect is held against a published mean, the spread of that mean is part of "
+        "them. Scale: *paper* is the paper's own budget, *laptop* a smaller one.",
+        "",
+        ", ".join(f"{counts[v]} {v}" for v in VERDICTS) + ".",
+        "",
+    ]
+    for name, claims in board.items():
+        paper = papers.load(name)
+        lines += [
+            f"## {paper.paper.title}",
+            "",
+            f"Evidence: [page]({name}.md), `benchmark/results/{name}/`. Claims and published "
+            f"values: `benchmark/papers/{name}.toml`.",
+            "",
+            "| claim | effect | 95 % interval | holds for | reported | runs | scale | verdict |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for judged in claims:
+            claim = judged.claim
+            value, interval = shown(judged)
+            cells = [cell(claim.statement), f"{kind(claim)}: {value}" if value else kind(claim)]
+            cells += [interval, bounds(claim), cell(claim.reported), judged.runs, judged.scale]
+            lines.append("| " + " | ".join([*cells, verdict(judged)]) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def index(board: dict[str, list[Judged]]) -> str:
+    lines = [
+        "# Papers",
+        "",
+        MADE,
+        "",
+        "Papers with a file of claims in `benchmark/papers/`. [The scoreboard](scoreboard.md) has "
+        "the verdicts.",
+        "",
+        "| paper | year | scripts | " + " | ".join(VERDICTS) + " |",
+        "|---|---|---|" + "---|" * len(VERDICTS),
+    ]
+    for name, claims in board.items():
+        paper = papers.load(name)
+        about = paper.paper
+        scripts = dict.fromkeys(run.script for run in paper.runs)
+        links = ", ".join(f"[`{s}`](../algos/{s}.md)" for s in scripts)
+        counts = Counter(judged.verdict for judged in claims)
+        cells = [f"[{about.title}]({about.link}), {about.authors}; [evidence]({name}.md)"]
+        cells += [str(about.year), links, *(str(counts[v] or "") for v in VERDICTS)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def page(name: str, found: dict[str, Evidence], claims: list[Judged], pictures: list[str]) -> str:
+    paper = papers.load(name)
+    about = paper.paper
+    links = f"[paper]({about.link})" + (f", [authors' code]({about.code})" if about.code else "")
+    lines = [f"# Evidence: {about.title}", "", MADE, ""]
+    lines += [f"{about.authors}, {about.year}: {links}. {cell(about.note)}".strip(), ""]
+    lines += [f"Files: `benchmark/papers/{name}.toml`, `benchmark/results/{name}/`.", ""]
+    lines += ["## Claims", ""]
+    lines += [f"![{text}](images/{file})" for file, text in pictures if "claims" in file]
+    for judged in claims:
+        claim = judged.claim
+        value, interval = shown(judged)
+        lines += ["", f"### {claim.id}", "", cell(claim.statement) + ".", ""]
+        lines.append(f"- Verdict: {verdict(judged)}")
+        if value:
+            runs = f"{judged.runs} runs at scale {judged.scale}"
+            lines.append(f"- Effect: {kind(claim)}, {claim.statistic}: {value} {interval}, {runs}")
+        step = f" {claim.step:,}" if claim.step else ""
+        lines.append(f"- Holds for: {bounds(claim)}; score: `{claim.metric}`, {claim.score}{step}")
+        lines.append(
+            f"- Source: {cell(claim.source)}" + f": {cell(claim.reported)}." * bool(claim.reported)
+        )
+        if claim.note:
+            lines.append(f"- {cell(claim.note)}")
+        flag = f"--scale {judged.scale or ORDER[1]} --only {claim.id}"
+        lines.append(f"- Repeat: `python -m benchmark run {name} {flag}`")
+    for scale, evidence in found.items():
+        if any(record["state"] == "done" for record in evidence.records.values()):
+            lines += ["", f"## Results at scale {scale}", ""]
+            lines += [f"{cell(paper.scales[scale].about)}. {machines(evidence)}", ""]
+            here = [p for p in pictures if p[0].startswith(f"{name}-{scale}-curves")]
+            lines += [f"![{text}](images/{file})" for file, text in here]
+            lines += table(evidence)
+    if paper.numbers:
+        lines += ["", "## Published values", "", published(paper)]
+    return "\n".join([*lines, ""])
+
+
+def machines(evidence: Evidence) -> str:
+    """Where the runs were made, and what they took."""
+    found = [r for r in evidence.records.values() if r["state"] == "done"]
+    commits = Counter(r["commit"] + ("-dirty" if r["dirty"] else "") for r in found)
+    cpus = Counter(
+        f"{r['machine']['cpu']}, {r['machine']['cores']} cores"
+        + "".join(f", {gpu}" for gpu in r["machine"].get("gpus", []))
+        for r in found
+    )
+    versions = Counter(", ".join(f"{k} {v}" for k, v in r["versions"].items() if v) for r in found)
+    hours = sum(r["wall_seconds"] * r["processes"] for r in found) / 3600
+    failed = sum(r["state"] == "failed" for r in evidence.records.values())
+    return (
+        f"{len(found)} runs, {failed} failed, {hours:.1f} core hours. Commits (runs): "
+        + ", ".join(f"{c} ({n})" for c, n in sorted(commits.items()))
+        + f". Machines: {'; '.join(sorted(cpus))}, one thread a process. "
+        + f"Versions: {'; '.join(sorted(versions))}. "
+        + f"File: `benchmark/results/{evidence.name}/{evidence.scale}.jsonl`."
+    )
+
+
+def table(evidence: Evidence) -> list[str]:
+    """Scores of every run: mean +- standard deviation (ddof 0) over seeds, and the IQM."""
+    targets = {
+        (c.run, c.metric, evidence.paper.number(n).env): evidence.paper.number(n)
+        for c in evidence.paper.claims
+        for n in c.numbers
+    }
+    lines = []
+    for run in evidence.paper.runs:
+        head, rest = run.metrics[0], [m for m in run.metrics[1:] if m not in UNCOUNTED]
+        titles = ["last 100", "IQM of it [95 %]", "last", "best", "published"]
+        rows = []
+        for env in run.envs or [""]:
+            done = evidence.done(run.name, env)
+            if not done:
+                continue
+            values = evidence.scores(run.name, env, head, "last_100")
+            i = stats.score_interval([values], "iqm")
+            cells = [env or "built-in task", str(len(done)), spread(values)]
+            cells.append(f"{number(i.value)} [{number(i.low)}, {number(i.high)}]")
+            cells += [spread(evidence.scores(run.name, env, head, s)) for s in ("last", "best")]
+            target = targets.get((run.name, head, env))
+            cells.append(
+                f"{number(target.value)} +- {number(target.spread or 0)} ({target.seeds} seeds)"
+                if target
+                else ""
+            )
+            cells += [spread(evidence.scores(run.name, env, metric, "last")) for metric in rest]
+            rows.append("| " + " | ".join(cells) + " |")
+        if rows:
+            flags = " ".join(run.flags(evidence.scale))
+            lines += ["", f"`{run.name}`: `algos/{run.script}.py {flags}`. `{head}`: mean of the "]
+            lines[-1] += "last 100 values of each run, last value, best value of the stored curve; "
+            lines[-1] += "mean +- standard deviation over runs. Other columns: last value."
+            titles = ["task", "runs", *titles, *(f"`{m}`" for m in rest)]
+            lines += ["", "| " + " | ".join(titles) + " |", "|" + "---|" * len(titles), *rows]
+    return lines
+
+
+def published(paper: papers.Paper) -> str:
+    """All published values, folded; HTML, as Markdown is not read inside of <details>."""
+    head = ["method", "task", "metric", "value", "seeds", "steps", "versions", "source", "read in"]
+    rows = []
+    for n in paper.numbers:
+        value = number(n.value) + (f" +- {number(n.spread)}" if n.spread is not None else "")
+        cells = [n.method, n.env, n.metric, value, n.seeds, f"{n.steps:,}" if n.steps else ""]
+        cells += [n.versions, n.source, n.read_in]
+        text = "".join(f"<td>{html.escape(str(c if c is not None else ''))}</td>" for c in cells)
+        rows.append(f"<tr>{text}</tr>")
+    titles = "".join(f"<th>{title}</th>" for title in head)
+    body = "\n".join(rows)
+    return (
+        f"<details>\n<summary>{len(rows)} values and where they were read</summary>\n"
+        f"<table>\n<thead><tr>{titles}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n</details>"
+    )
+
+
+# PICTURES ========================================================================================
+
+
+def curve_pictures(evidence: Evidence) -> dict[str, tuple[str, plots.Picture]]:
+    """{file: (what it shows, picture)}: a picture for each script, a panel for each environment;
+    for a script without environments a panel for each metric that a claim asks for."""
+    found, paper = {}, evidence.paper
+    groups = {}
+    for run in paper.runs:
+        groups.setdefault((run.script, bool(run.envs)), []).append(run)
+    for (script, with_envs), runs in groups.items():
+        if with_envs:
+            head = runs[0].metrics[0]
+            wanted = [(e, head, e) for e in dict.fromkeys(e for r in runs for e in r.envs)]
+        else:
+            asked = {c.metric for c in paper.claims if c.run in {r.name for r in runs}}
+            wanted = [("", m, m) for m in runs[0].metrics if m in asked]
+        panels = []
+        for env, metric, title in wanted:
+            lines = {
+                run.name: curves_of(evidence, evidence.done(run.name, env), metric)
+                for run in runs
+                if metric in run.metrics and evidence.done(run.name, env)
+            }
+            if lines:
+                reference = reference_of(paper, runs, env, metric)
+                panels.append(plots.Panel(title, "steps", metric, lines, reference))
+        if panels:
+            text = f"{script}: learning curves, mean and 95 % band over runs"
+            file = f"{evidence.name}-{evidence.scale}-curves-{script}.png"
+            found[file] = (text, plots.curves(panels))
+    return found
+
+
+def curves_of(evidence: Evidence, done: list[jobs.Job], metric: str):
+    folder = evidence.folder / evidence.name / evidence.scale
+    return results.table([folder / f"{job.name}.csv" for job in done], metric)
+
+
+def reference_of(paper: papers.Paper, runs: list[papers.Run], env: str, metric: str):
+    for claim in paper.claims:
+        if claim.metric == metric and claim.run in {run.name for run in runs}:
+            for found in map(paper.number, claim.numbers):
+                if found.env == env:
+                    return found.value, found.spread, found.method
+    return None
+
+
+def claim_picture(claims: list[Judged]) -> plots.Picture | None:
+    items = []
+    for judged in claims:
+        if judged.interval:
+            claim, i = judged.claim, judged.interval
+            paper_value = {"ratio": 1.0, "difference": 0.0}.get(claim.effect)
+            reported = paper_value if claim.numbers else None
+            region = (claim.low, claim.high)
+            label = f"{claim.id} ({kind(claim)})"
+            items.append(
+                plots.Effect(label, i.value, i.low, i.high, region, reported, judged.verdict)
+            )
+    return plots.effects(items) if items else None
+
+
+# COMMAND =========================================================================================
+
+
+def build(
+    folder: Path, scales: tuple[str, ...]
+) -> tuple[dict[Path, str], dict[Path, plots.Picture]]:
+    """Pages and pictures, by their paths below docs/."""
+    board, everything = {}, {}
+    for name in papers.names():
+        everything[name] = gather(name, folder, scales)
+        claims = papers.load(name).claims
+        board[name] = [judge(claim, everything[name]) for claim in claims]
+    here = Path("benchmark")
+    texts = dict(diff.pages())
+    texts |= {here / "scoreboard.md": scoreboard(board), here / "papers.md": index(board)}
+    images = {}
+    for name, found in everything.items():
+        drawn = {}
+        picture = claim_picture(board[name])
+        if picture:
+            text = "effect of each claim with its 95 % interval; shaded: where it holds"
+            drawn[f"{name}-claims.png"] = (text, picture)
+        for evidence in found.values():
+            drawn |= curve_pictures(evidence)
+        pictures = [(file, text) for file, (text, _) in drawn.items()]
+        texts[here / f"{name}.md"] = page(name, found, board[name], pictures)
+        images |= {here / "images" / file: made for file, (_, made) in drawn.items()}
+    return texts, images
+
+
+def report(
+    check: bool = False,
+    smoke: bool = False,
+    results: Path = results.RESULTS,
+    docs: Path = DOCS,
+) -> None:
+    """Write the pages of the benchmark and of the diffs.
+
+    Args:
+        check: write nothing, fail where a page is not the one that the results give
+        smoke: take runs of scale smoke, too; they test the harness and no claim
+        results: folder of the results
+        docs: folder of the pages
+    """
+    texts, images = build(results, ORDER if smoke else ORDER[:2])
+    kept = {docs / path for path in [*texts, *images]}
+    stale = [docs / path for path, text in texts.items() if read(docs / path) != text]
+    stale += [docs / path for path, image in images.items() if not image.is_at(docs / path)]
+    pages = [*(docs / "diffs").glob("*.md"), *(docs / "benchmark").glob("*.md")]
+    gone = [p for p in [*pages, *(docs / "benchmark" / "images").glob("*.png")] if p not in kept]
+    if check:
+        if stale or gone:
+            names = ", ".join(sorted(jobs.relative(path) for path in [*stale, *gone]))
+            raise UserError(f"not what the results give: {names}; run python -m benchmark report")
+        return
+    for path in stale:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        below = path.relative_to(docs)
+        images[below].save(path) if below in images else path.write_text(texts[below])
+        print(jobs.relative(path))
+    for path in gone:
+        path.unlink()
+        print(f"{jobs.relative(path)}: removed")
+
+
+def read(path: Path) -> str | None:
+    return path.read_text() if path.exists() else None
+
+
+def main(flags: list[str]) -> None:
+    tyro.cli(report, prog="python -m benchmark report", args=flags)
