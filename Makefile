@@ -4,7 +4,7 @@ PY ?= python3
 BIN := .venv/bin
 THREADS := OMP_NUM_THREADS=1
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs gpu-check speed clean
+.PHONY: help demo test docs bench gpu-check peers speed clean
 
 help:
 	@echo "make demo       PPO on a small language model, two FSDP processes, about 5 minutes"
@@ -12,7 +12,9 @@ help:
 	@echo "make docs       the documentation as a web site in site/"
 	@echo "make gpu-check  every script for a few updates on the GPU, compared with the CPU"
 	@echo "make speed      speed of the sampler and of scoring against transformers"
-	@echo "make clean      remove .venv, caches and site/; runs/ stays"
+	@echo "make bench      what the results lack of the claims at scale laptop, then the pages"
+	@echo "make peers      the libraries that make speed compares with, in .venv-peers"
+	@echo "make clean      remove both environments, caches and site/; runs/ stays"
 	@echo "PY=python3.12 make ... chooses the interpreter"
 
 .venv/made:
@@ -49,10 +51,22 @@ docs: .venv/installed-docs
 gpu-check: .venv/installed
 	$(BIN)/python -m benchmark gpu-check
 
+bench: .venv/installed
+	for paper in $(notdir $(basename $(wildcard benchmark/papers/*.toml))); do \
+	  $(BIN)/python -m benchmark run $$paper --scale laptop || exit 1; done
+	$(BIN)/python -m benchmark report
+
+.venv-peers/installed: benchmark/peers/requirements.txt
+	$(PY) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+peers: .venv-peers/installed
+
 speed: .venv/installed
 	$(BIN)/python -m benchmark speed sampler
 	$(BIN)/python -m benchmark speed scoring
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache site
+	rm -rf .venv .venv-peers .pytest_cache .ruff_cache site
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -24,6 +24,7 @@ from rlhf import UserError
 
 DOCS = jobs.ROOT / "docs"
 ORDER = ("paper", "laptop", "smoke")
+MIN_RUNS = 3  # of each run and environment: an interval over fewer says too little
 VERDICTS = ("reproduced", "not reproduced", "inconclusive", "not run")
 MADE = "<!-- Written by `python -m benchmark report`; changes by hand are lost. -->"
 UNCOUNTED = ("charts/SPS", "charts/tokens_per_second")  # what a machine does, not an algorithm
@@ -93,7 +94,7 @@ def judge(claim: papers.Claim, found: dict[str, Evidence]) -> Judged:
         envs = evidence.paper.claim_envs(claim)
         names = [name for name in (claim.run, claim.baseline) if name]
         groups = [(name, env) for name in names for env in envs]
-        wanted = evidence.paper.scales[scale].seeds
+        wanted = max(MIN_RUNS, evidence.paper.scales[scale].seeds)
         done = [len(evidence.done(*group)) for group in groups]
         failed = sum(len(evidence.failed(*group)) for group in groups)
         if not all(evidence.jobs_of(*group) for group in groups):

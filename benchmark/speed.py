@@ -3,10 +3,14 @@
     python -m benchmark speed sampler
     python -m benchmark speed scoring
     python -m benchmark speed scoring --model FOLDER
-    python -m benchmark speed ppo --cleanrl CHECKOUT
+    python -m benchmark speed ppo --peer cleanrl --cleanrl CHECKOUT
+    python -m benchmark speed ppo --peer sb3
+    python -m benchmark speed update
 
-Other work on the machine slows both sides alike, so sides alternate and only ratios are reported:
-median [minimum, maximum] over the pairs.
+Peers from pip live in an environment of their own, since their pins are not ours: `make peers`
+installs benchmark/peers/requirements.txt into .venv-peers. Other work on the machine slows both
+sides alike, so sides alternate and only ratios are reported: median [minimum, maximum] over the
+pairs.
 """
 
 import csv
@@ -21,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -33,6 +38,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from benchmark import papers
 from rlhf import UserError
 from rlhf.logprobs import completion_logprobs
 from rlhf.sampler import generate
@@ -253,13 +259,15 @@ def scoring(model: str = "", pairs: int = 5, batch: int = 16, length: int = 128)
 # ----------------------------------------------------------------------------------- PPO
 
 ROOT = Path(__file__).resolve().parents[1]
+PEERS = ROOT / "benchmark" / "peers"
+PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 
 
-def run_script(words: list[str], folder: Path) -> str:
+def run_script(words: list[str], folder: Path, python: Path | str = sys.executable) -> str:
     """Run a training script on one thread in `folder`; returns what it printed."""
     one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, *words],
+        [str(python), *words],
         cwd=folder,
         env=os.environ | one_thread,
         capture_output=True,
@@ -271,29 +279,39 @@ def run_script(words: list[str], folder: Path) -> str:
     return done.stdout
 
 
-def ppo(cleanrl: Path, pairs: int = 5, steps: int = 20_480, compile: bool = False) -> None:
-    """Steps a second of ppo_continuous_action.py against CleanRL's script of the same name.
+def ppo(
+    peer: Literal["cleanrl", "sb3"] = "cleanrl",
+    cleanrl: Path | None = None,
+    pairs: int = 5,
+    steps: int = 20_480,
+    compile: bool = False,
+) -> None:
+    """Steps a second of ppo_continuous_action.py against CleanRL's script or Stable-Baselines3.
 
-    HalfCheetah-v5, one environment, one thread, each script's defaults (they are the same).
+    HalfCheetah-v5, one environment, one thread, CleanRL's hyperparameters on both sides.
     Rollout and update together; the first two rollouts of each run are warm-up.
-    To get the checkout: git clone https://github.com/vwxyzjn/cleanrl
 
     Args:
-        cleanrl: Folder of the checkout.
+        peer: CleanRL's script of the same name, or PPO of Stable-Baselines3 (`make peers`).
+        cleanrl: Folder of a checkout: git clone https://github.com/vwxyzjn/cleanrl
         pairs: Alternating runs of each side.
         steps: Environment steps of a run, 2048 a rollout.
         compile: Run ours with --compile.
     """
-    theirs = cleanrl.resolve() / "cleanrl" / "ppo_continuous_action.py"
-    if not theirs.exists():
-        raise UserError(
-            f"no {theirs}: git clone https://github.com/vwxyzjn/cleanrl, give its folder"
-        )
     if steps < 4 * 2048:
         raise UserError(f"--steps {steps}: at least four rollouts of 2048 steps")
     common = ["--env-id", "HalfCheetah-v5", "--total-timesteps", str(steps)]
+    if peer == "cleanrl":
+        theirs = cleanrl and cleanrl.resolve() / "cleanrl" / "ppo_continuous_action.py"
+        if not (theirs and theirs.exists()):
+            raise UserError(
+                "git clone https://github.com/vwxyzjn/cleanrl and give its folder: --cleanrl FOLDER"
+            )
+        python, words = sys.executable, [str(PEERS / "cleanrl.py"), str(theirs), "--no-cuda"]
+    else:
+        python, words = peers_python(), [str(PEERS / "sb3.py")]
     ours = ROOT / "algos" / "ppo_continuous_action.py"
-    rates = {"ours": [], "CleanRL": []}
+    rates = {"ours": [], peer: []}
     for _ in range(pairs):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -303,25 +321,77 @@ def ppo(cleanrl: Path, pairs: int = 5, steps: int = 20_480, compile: bool = Fals
                 table = [row for row in csv.DictReader(file) if row["key"] == "charts/SPS"]
             rates["ours"].append(statistics.median(float(row["value"]) for row in table[2:]))
 
-            runner = str(ROOT / "benchmark" / "peers" / "cleanrl.py")
-            out = run_script([runner, str(theirs), *common, "--no-cuda"], folder)
+            out = run_script([*words, *common], folder, python)
             # it prints steps / seconds since the start after each rollout
-            printed = [int(rate) for rate in re.findall(r"^SPS: (\d+)$", out, re.M)]
+            printed = [float(rate) for rate in re.findall(r"^SPS: ([\d.]+)$", out, re.M)]
             seconds_at = [2048 * (i + 1) / rate for i, rate in enumerate(printed)]
             elapsed = seconds_at[-1] - seconds_at[1]
-            rates["CleanRL"].append(2048 * (len(printed) - 2) / elapsed)
+            rates[peer].append(2048 * (len(printed) - 2) / elapsed)
         print("  ".join(f"{side} {values[-1]:.0f} steps/s" for side, values in rates.items()))
     ratios = [a / b for a, b in zip(*rates.values(), strict=True)]
     medians = {side: f"{statistics.median(values):.0f}" for side, values in rates.items()}
     print(
-        f"ours / CleanRL {spread(ratios)} over {pairs} pairs; steps/s ours {medians['ours']}, "
-        f"CleanRL {medians['CleanRL']}"
+        f"ours / {peer} {spread(ratios)} over {pairs} pairs; steps/s ours {medians['ours']}, "
+        f"{peer} {medians[peer]}"
     )
+
+
+def peers_python() -> Path:
+    if not PEERS_PYTHON.exists():
+        raise UserError("the peers from pip are not installed: make peers")
+    return PEERS_PYTHON
+
+
+# -------------------------------------------------------------------------------- UPDATE
+
+
+def update(paper: str | None = None, updates: int = 10, threads: int = 1) -> None:
+    """The machine's matrix-product rate, and the share of it that each script's update reaches.
+
+    Each script runs with the flags of its first run in benchmark/papers/ (scale laptop), in its own
+    process. Before each update the rate of one large float32 product is measured. Work counts
+    matrix products only, forward and backward.
+
+    Args:
+        paper: Scripts of one file of benchmark/papers/; default: of all.
+        updates: Updates to measure after two for warm-up.
+        threads: CPU threads of torch.
+    """
+    print(
+        f"{'script':24s} {'GFLOP/update':>12s} {'ms/update':>10s}  {'GFLOP/s':>8s}  of the machine"
+    )
+    seen = set()
+    for name in [paper] if paper else papers.names():
+        for run in papers.load(name).runs:
+            flags = run.flags("laptop") or run.flags("paper")
+            if run.script in seen or flags is None:
+                continue
+            seen.add(run.script)
+            envs = ["--env-id", run.envs[0]] if run.envs else []
+            script = str(ROOT / "algos" / f"{run.script}.py")
+            with tempfile.TemporaryDirectory() as folder:
+                job = [script, updates, threads, *envs, *flags, "--run-dir", f"{folder}/run"]
+                words = [sys.executable, "-m", "benchmark.flops", *map(str, job)]
+                child = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+            if child.returncode:
+                print(child.stderr[-2000:], file=sys.stderr)
+                raise UserError(f"{run.script} failed, see above")
+            found = json.loads(child.stdout.splitlines()[-1])
+            rate = statistics.median(found["flops"] / s for s in found["seconds"])
+            pairs = zip(found["seconds"], found["machine"], strict=True)
+            shares = [found["flops"] / s / machine for s, machine in pairs]
+            low, middle, high = min(shares), statistics.median(shares), max(shares)
+            print(
+                f"{run.script:24s} {found['flops'] / 1e9:12.2f} "
+                f"{statistics.median(found['seconds']) * 1e3:10.1f}  {rate / 1e9:8.1f}  "
+                f"{middle:.1%} [{low:.1%}, {high:.1%}] of "
+                f"{statistics.median(found['machine']) / 1e9:.0f} GFLOP/s"
+            )
 
 
 def main(flags: list[str]) -> None:
     tyro.extras.subcommand_cli_from_dict(
-        {"sampler": sampler, "scoring": scoring, "ppo": ppo},
+        {"sampler": sampler, "scoring": scoring, "ppo": ppo, "update": update},
         prog="python -m benchmark speed",
         args=flags,
     )

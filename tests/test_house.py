@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from benchmark.papers import load, names
 from benchmark.sync import blocks, differing, diverges
 from tests.launch import ROOT, SCRIPTS
 
@@ -158,6 +159,15 @@ def test_no_mutable_globals(script):
         if isinstance(node, ast.Assign):
             names = [ast.unparse(target) for target in node.targets]
             assert all(name.isupper() for name in names), f"{names}: not a constant"
+
+
+@every_script
+def test_benchmark_file(script):
+    """Some benchmark/papers/*.toml runs the script; a file that does not load is an error here."""
+    runs = [run for name in names() for run in load(name).runs]
+    assert any(run.script == script for run in runs), (
+        f"no run in benchmark/papers/*.toml has script = {script!r}: say how its claims are tested"
+    )
 
 
 # ARGS ============================================================================================

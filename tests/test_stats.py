@@ -120,7 +120,7 @@ def test_probability_of_improvement_equals_rliable(global_seed):
     values, ends = library.get_interval_estimates(
         {"pair": pair},
         lambda x, y: np.array([metrics.probability_of_improvement(x, y)]),
-        reps=2000,
+        reps=1000,
     )
     found = probability_of_improvement(OURS, OTHERS)
     assert found.value == pytest.approx(values["pair"][0], rel=1e-12)
@@ -190,9 +190,9 @@ def test_published_interval_closed_form():
     # 2 * sqrt(3 / 2) / sqrt(3) = sqrt(2)
     published = stats.norm(20, np.sqrt(2)).ppf([0.025, 0.975])
     found = published_interval([[30.0, 30.0]], [(20.0, 2.0, 3)], "difference")
-    assert found.value == 10 and close(found, 30 - published[::-1], share=0.02)
+    assert found.value == 10 and close(found, 30 - published[::-1], share=0.03)
     found = published_interval([[30.0, 30.0]], [(20.0, 2.0, 3)], "ratio")
-    assert found.value == 1.5 and close(found, 30 / published[::-1], share=0.02)
+    assert found.value == 1.5 and close(found, 30 / published[::-1], share=0.03)
 
 
 def test_published_interval_adds_both_uncertainties():

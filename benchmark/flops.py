@@ -1,0 +1,64 @@
+"""A child of `benchmark speed update`: time a script's updates and count their arithmetic.
+
+flops.py SCRIPT UPDATES THREADS FLAGS... runs the script as its command line would, with its
+function `update` wrapped, and prints one JSON line. The script knows nothing of it.
+"""
+
+import importlib.util
+import json
+import sys
+import time
+
+import torch
+import tyro
+from torch.utils.flop_counter import FlopCounterMode
+
+SIZE = 1024  # of the square float32 product; 2 * SIZE**3 operations
+WARM_UP = 2
+
+
+def machine_rate() -> float:
+    """Operations a second of one large product: the best of five."""
+    a, b = torch.randn(2, SIZE, SIZE)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        times.append(time.perf_counter() - start)
+    return 2 * SIZE**3 / min(times)
+
+
+def main(path: str, updates: int, threads: int, flags: list[str]) -> None:
+    spec = importlib.util.spec_from_file_location("script", path)
+    script = importlib.util.module_from_spec(spec)
+    sys.modules["script"] = script
+    spec.loader.exec_module(script)
+    original, calls = script.update, 0
+    found = {"flops": 0, "seconds": [], "machine": []}
+
+    def update(*args, **options):
+        nonlocal calls
+        calls += 1
+        if calls <= WARM_UP:
+            return original(*args, **options)
+        if len(found["seconds"]) == updates:
+            # counting takes time of its own, so the last one is not timed
+            with FlopCounterMode(display=False) as counter:
+                original(*args, **options)
+            found["flops"] = counter.get_total_flops()
+            print(json.dumps(found))
+            sys.exit(0)
+        torch.set_num_threads(threads)
+        found["machine"].append(machine_rate())
+        start = time.perf_counter()
+        metrics = original(*args, **options)
+        found["seconds"].append(time.perf_counter() - start)
+        return metrics
+
+    script.update = update
+    script.main(tyro.cli(script.Args, args=flags))
+    sys.exit(f"{path} ended before {WARM_UP + updates + 1} updates")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
