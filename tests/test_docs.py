@@ -124,10 +124,11 @@ def check_command(words):
         return
     for i, word in enumerate(words):
         if word == "-m" and words[i + 1] == "benchmark" and words[i + 2 :]:
-            command, rest = words[i + 2].replace("-", "_"), words[i + 3 :]
-            path = ROOT / "benchmark" / f"{command}.py"
             known = (ROOT / "benchmark" / "__main__.py").read_text()
-            assert path.exists() and f'"{words[i + 2]}":' in known, f"no command {words[i + 2]}"
+            found = re.search(rf'"{words[i + 2]}": (\w+)\.main', known)
+            assert found, f"no command {words[i + 2]}"
+            command, rest = found[1], words[i + 3 :]
+            path = ROOT / "benchmark" / f"{command}.py"
             if rest:
                 # speed ppo ... is its function ppo, sync NAME ... its function sync
                 name = rest[0] if f"def {rest[0]}(" in path.read_text() else command
