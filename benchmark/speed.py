@@ -2,7 +2,7 @@
 
     python -m benchmark speed sampler
     python -m benchmark speed scoring
-    python -m benchmark speed scoring --model FOLDER
+    python -m benchmark speed scoring --model FOLDER --peer trl
     python -m benchmark speed ppo --peer cleanrl --cleanrl CHECKOUT
     python -m benchmark speed ppo --peer sb3
     python -m benchmark speed update
@@ -42,6 +42,16 @@ from benchmark import papers
 from rlhf import UserError
 from rlhf.logprobs import completion_logprobs
 from rlhf.sampler import generate
+
+ROOT = Path(__file__).resolve().parents[1]
+PEERS = ROOT / "benchmark" / "peers"
+PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
+
+
+def peers_python() -> Path:
+    if not PEERS_PYTHON.exists():
+        raise UserError("the peers from pip are not installed: make peers")
+    return PEERS_PYTHON
 
 
 def spread(values: list[float]) -> str:
@@ -194,6 +204,10 @@ def scoring_child(side: str, backward: bool, model_name: str, shape: list[int], 
         if side == "ours":
             return completion_logprobs(model, ids, scored)[0][:, 1:]
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        if side == "trl":
+            from trl.trainer.utils import selective_log_softmax
+
+            return selective_log_softmax(logits, ids[:, 1:])
         return logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
 
     # forget the peak of loading
@@ -216,51 +230,55 @@ def scoring_child(side: str, backward: bool, model_name: str, shape: list[int], 
     print(json.dumps({"peak": peak, "seconds": elapsed}))
 
 
-def scoring(model: str = "", pairs: int = 5, batch: int = 16, length: int = 128) -> None:
-    """Peak memory and time of one scoring pass, ours against log_softmax of the full logits.
+def scoring(
+    model: str = "",
+    peer: Literal["naive", "trl"] = "naive",
+    pairs: int = 5,
+    batch: int = 16,
+    length: int = 128,
+) -> None:
+    """Peak memory and time of one scoring pass against log_softmax of the full logits, or TRL's.
 
     Every pass runs in its own process; memory is its peak minus what it held after loading.
 
     Args:
         model: Folder or name of a causal LM; default: random weights in the shape of Gemma 3 270M.
+        peer: The plain formula, or selective_log_softmax of TRL (`make peers`).
         pairs: Alternating repetitions.
         batch: Sequences.
         length: Tokens in each.
     """
     if model and not Path(model, "config.json").exists():
         raise UserError(f"no config.json in {model}: pass a folder written by save_pretrained")
+    pythons = {"ours": sys.executable, peer: peers_python() if peer == "trl" else sys.executable}
     print(f"{model or 'random Gemma 3 270M'}, {batch} x {length} tokens, float32")
     with tempfile.TemporaryDirectory() as folder:
         for backward in (False, True):
-            results = {"ours": [], "naive": []}
+            results = {"ours": [], peer: []}
             for _ in range(pairs):
                 for side, runs in results.items():
                     job = [side, backward, model, [batch, length], f"{folder}/{side}"]
-                    command = [sys.executable, "-m", "benchmark.speed", json.dumps(job)]
-                    child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+                    command = [str(pythons[side]), "-m", "benchmark.speed", json.dumps(job)]
+                    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
                     if child.returncode:
                         raise UserError(f"the {side} pass failed (see above): out of memory?")
                     runs.append(json.loads(child.stdout.splitlines()[-1]))
             saved = [torch.load(f"{folder}/{side}", weights_only=True) for side in results]
-            ours, naive = (x["values"] for x in saved)
+            ours, theirs = (x["values"] for x in saved)
             errors = [(x["values"][0] - x["exact"]).abs().max() for x in saved]
-            both = list(zip(results["naive"], results["ours"], strict=True))
+            both = list(zip(results[peer], results["ours"], strict=True))
             gib = {side: max(r["peak"] for r in runs) / 2**30 for side, runs in results.items()}
             print(
                 f"{'forward + backward' if backward else 'forward only':18s} "
-                f"peak {gib['ours']:.2f} GiB, naive {gib['naive']:.2f} GiB: naive / ours "
-                f"{spread([n['peak'] / o['peak'] for n, o in both])}; time naive / ours "
+                f"peak {gib['ours']:.2f} GiB, {peer} {gib[peer]:.2f} GiB: {peer} / ours "
+                f"{spread([n['peak'] / o['peak'] for n, o in both])}; time {peer} / ours "
                 f"{spread([n['seconds'] / o['seconds'] for n, o in both])}; "
-                f"largest difference {(ours - naive).abs().max():.1e} (from float64: ours "
-                f"{errors[0]:.1e}, naive {errors[1]:.1e})"
+                f"largest difference {(ours - theirs).abs().max():.1e} (from float64: ours "
+                f"{errors[0]:.1e}, {peer} {errors[1]:.1e})"
             )
 
 
 # ----------------------------------------------------------------------------------- PPO
-
-ROOT = Path(__file__).resolve().parents[1]
-PEERS = ROOT / "benchmark" / "peers"
-PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 
 
 def run_script(words: list[str], folder: Path, python: Path | str = sys.executable) -> str:
@@ -334,12 +352,6 @@ def ppo(
         f"ours / {peer} {spread(ratios)} over {pairs} pairs; steps/s ours {medians['ours']}, "
         f"{peer} {medians[peer]}"
     )
-
-
-def peers_python() -> Path:
-    if not PEERS_PYTHON.exists():
-        raise UserError("the peers from pip are not installed: make peers")
-    return PEERS_PYTHON
 
 
 # -------------------------------------------------------------------------------- UPDATE
