@@ -1,20 +1,21 @@
 """python -m benchmark COMMAND ...: one line a command; each module parses its own flags."""
 
+import importlib
 import sys
 
-from benchmark import compare, gpu_check, links, listing, report, run, speed, status, sync
 from rlhf import UserError
 
+# command: module, imported when it is asked for, as some load torch and transformers
 COMMANDS = {
-    "compare": compare.main,
-    "gpu-check": gpu_check.main,
-    "links": links.main,
-    "list": listing.main,
-    "report": report.main,
-    "run": run.main,
-    "speed": speed.main,
-    "status": status.main,
-    "sync": sync.main,
+    "compare": "compare",
+    "gpu-check": "gpu_check",
+    "links": "links",
+    "list": "listing",
+    "report": "report",
+    "run": "run",
+    "speed": "speed",
+    "status": "status",
+    "sync": "sync",
 }
 
 
@@ -24,7 +25,7 @@ def main() -> None:
         print(f"usage: python -m benchmark {{{','.join(COMMANDS)}}} ... [--help]")
         sys.exit(0 if name in ("-h", "--help") else 2)
     try:
-        COMMANDS[name](flags)
+        importlib.import_module(f"benchmark.{COMMANDS[name]}").main(flags)
     except UserError as error:
         sys.exit(f"error: {error}")
 

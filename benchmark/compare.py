@@ -1,7 +1,7 @@
 """Two scripts, or one script with two sets of flags, on the same environments and seeds.
 
     python -m benchmark compare algos/ppo.py algos/my_ppo.py --env-id CartPole-v1 Acrobot-v1
-    python -m benchmark compare algos/ppo.py algos/ppo.py --args-b "--gamma 0.9" --env-id Acrobot-v1
+    python -m benchmark compare algos/ppo.py algos/ppo.py --args-b="--gamma 0.9" --env-id Acrobot-v1
 
 Both run side by side, the seeds of one between those of the other. The runs, their curves, one PNG
 and one Markdown table are left in --out; the same command goes on with what was cut off.
@@ -9,7 +9,6 @@ and one Markdown table are left in --out; the same command goes on with what was
 
 import hashlib
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import tyro
 from rich.console import Console
 
 from benchmark import jobs, plots, results, stats
+from benchmark.report import number
 from rlhf import UserError
 
 
@@ -46,7 +46,7 @@ def compare(
         env_id: environments; none for a script without --env-id
         seeds: seeds 1 to N of both
         workers: runs at a time; one for each core if not given
-        args: flags of both, in quotes
+        args: flags of both: --args="--total-timesteps 100000"
         args_a: flags of A only
         args_b: flags of B only
         metric: key of metrics.csv to compare; larger is better
@@ -84,10 +84,14 @@ def compare(
                     results=out.parent,
                     processes=processes,
                 )
+    if workers is None:
+        workers = max(1, jobs.cores() // processes)
+    if workers < 1:
+        raise UserError(f"--workers {workers}: at least 1")
     console = Console(highlight=False)
-    missing = [job for job in planned.values() if not job.finished()]
+    stored = results.records(out.parent, out.name, "runs")
+    missing = [job for job in planned.values() if not job.finished(stored)]
     console.print(f"{len(planned)} runs, {len(planned) - len(missing)} of them done")
-    workers = workers or max(1, len(os.sched_getaffinity(0)) // processes)
     states = jobs.launch(missing, workers, console).state.values() if missing else []
     if any(state != "done" for state in states):
         console.print("not all runs are done: the same command goes on")
@@ -110,13 +114,19 @@ def compare(
         lines.append(row(env or "built-in task", [every[label][-1:] for label in labels], times))
     if len(env_id) > 1:  # scores of different tasks have different scales: no IQM over them
         better = stats.probability_of_improvement(every[labels[1]], every[labels[0]])
-        lines.append(f"| all | | | | {interval(better, '{:.2f}')} | |")
+        lines.append(f"| all | | | | {interval(better)} | |")
     plots.curves(panels).save(out / "compare.png")
+    lines += ["", *(f"- {x}: `{words(*sides[x], args)}`" for x in labels)]
     text = "\n".join(lines) + "\n"
-    results.write(out / "compare.md", text)
+    results.write({out / "compare.md": text})
     print(text)
     print(f"picture: {jobs.relative(out / 'compare.png')}")
     print(f"table: {jobs.relative(out / 'compare.md')}")
+
+
+def words(script: Path, own: str, args: str) -> str:
+    """What a side is, as one would start it, but for task and seed."""
+    return " ".join(f"python {jobs.relative(script)} {args} {own}".split())
 
 
 def seconds_per_step(found: dict, label: str, env: str, seeds: int) -> float:
@@ -140,15 +150,14 @@ def table_head(labels: tuple[str, str], metric: str, score: str, workers: int) -
 
 
 def row(task: str, sides: list[list[np.ndarray]], times: list[float]) -> str:
-    cells = [interval(stats.score_interval(side, "iqm"), "{:.1f}") for side in sides]
-    cells.append(interval(stats.probability_of_improvement(sides[1], sides[0]), "{:.2f}"))
+    cells = [interval(stats.score_interval(side, "iqm"), number) for side in sides]
+    cells.append(interval(stats.probability_of_improvement(sides[1], sides[0])))
     runs = " + ".join(str(sum(map(len, side))) for side in sides)
     ratio = f"{times[1] / times[0]:.2f} ({times[1] * 1e6:.0f} / {times[0] * 1e6:.0f} us)"
     return f"| {task} | {runs} | " + " | ".join([*cells, ratio]) + " |"
 
 
-def interval(found: stats.Interval, form: str) -> str:
-    put: Callable[[float], str] = form.format
+def interval(found: stats.Interval, put: Callable[[float], str] = "{:.2f}".format) -> str:
     return f"{put(found.value)} [{put(found.low)}, {put(found.high)}]"
 
 

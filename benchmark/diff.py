@@ -20,6 +20,7 @@ from pathlib import Path
 from rlhf import UserError
 
 ALGOS = Path(__file__).resolve().parents[1] / "algos"
+MADE = "<!-- Written by `python -m benchmark report`; changes by hand are lost. -->"
 CONTEXT = 3  # equal lines shown beside a change
 FOLD = 4  # fewer equal lines than this are shown: the row that replaces them is a line too
 ALIKE = 0.5  # lines are two versions of one from this share of common words on
@@ -249,7 +250,7 @@ def page(parent: str, child: str, parent_text: str, child_text: str) -> str:
         "section markers and empty lines between blocks do not count. A changed line has at least "
         "half of its words and signs in common with the line that it replaces.",
     ]
-    text = [f"# `{child}`: diff to `{parent}`", *(textwrap.fill(part, 100) for part in prose)]
+    text = [f"# `{child}`: diff to `{parent}`", MADE, *(textwrap.fill(part, 100) for part in prose)]
     text.append(f"<p>Equal in both: {', '.join(same) or 'nothing'}.</p>")
     for name, pairs in found.items():
         kinds = count(pairs)

@@ -5,6 +5,7 @@ it started, so that two commands can share the work and nothing is run twice; a 
 processes that hold it, however they end.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -21,6 +22,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
+import psutil
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -64,13 +67,20 @@ class Job:
         folder = relative(self.run_dir)
         return [*launcher, self.script, *self.flags, "--run-dir", folder, "--resume", "auto"]
 
-    def finished(self) -> bool:
-        """Whether the results hold this run, made with these flags."""
-        record = results.records(self.results, self.paper, self.scale).get(self.name)
-        return bool(record) and self.is_done(record)
+    def stored(self) -> dict[str, dict]:
+        return results.records(self.results, self.paper, self.scale, tell=False)
 
-    def is_done(self, record: dict) -> bool:
-        return record["state"] == "done" and record["command"] == shlex.join(self.command())
+    def finished(self, stored: dict[str, dict]) -> bool:
+        """Whether `stored` holds this run, made with these flags."""
+        record = stored.get(self.name, {"state": "missing"})
+        # a metric that was added to the paper's file since is still to be read
+        whole = record["state"] == "done" and record["scores"].keys() >= set(self.metrics)
+        return whole and record["command"] == shlex.join(self.command())
+
+    def failed(self, stored: dict[str, dict]) -> bool:
+        """Whether it failed with these flags; other flags are another run."""
+        record = stored.get(self.name, {"state": "missing"})
+        return record["state"] == "failed" and record["command"] == shlex.join(self.command())
 
 
 def relative(path: Path) -> str:
@@ -103,14 +113,19 @@ class Attempts:
 
     def save(self) -> None:
         self.list[-1]["seconds"] = round(time.monotonic() - self.started, 1)
-        results.write(self.path, json.dumps(self.list, indent=1))
+        results.write({self.path: json.dumps(self.list, indent=1)})
 
 
 # RUN ONE =========================================================================================
 
 
-def run_job(job: Job, started: Callable[[subprocess.Popen], None] = lambda _: None) -> str:
-    """Run a job to its end and store its result; `started` gets the process.
+def run_job(
+    job: Job,
+    started: Callable[[subprocess.Popen], None] = lambda _: None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> str:
+    """Run a job to its end and store its result; `started` gets the process, and `stopping` says
+    whether it was told to stop.
 
     Returns "done", "failed", "stopped" (by a signal: to be continued) or "elsewhere" (another
     command is at it). Raises UserError where the result cannot be written.
@@ -123,18 +138,18 @@ def run_job(job: Job, started: Callable[[subprocess.Popen], None] = lambda _: No
     with lock:
         if locked(lock) and (time.sleep(0.5) or locked(lock)):  # `status` holds it for a moment
             return "elsewhere"
-        if job.finished():  # by another command, since this one looked
+        if job.finished(job.stored()):  # by another command, since this one looked
             return "done"
         try:
-            return run_locked(job, lock.fileno(), started)
+            return run_locked(job, lock.fileno(), started, stopping)
         except OSError as error:
             raise UserError(
-                f"{job.name}: {error.strerror or error}; the run is kept in {relative(job.run_dir)}"
-                f", the same command goes on"
+                f"{error.strerror or error}; the run is kept in {relative(job.run_dir)}, "
+                "the same command goes on"
             ) from error
 
 
-def run_locked(job: Job, lock: int, started: Callable[[subprocess.Popen], None]) -> str:
+def run_locked(job: Job, lock: int, started: Callable, stopping: Callable[[], bool]) -> str:
     attempts = Attempts(job.run_dir)
     attempts.start()
     attempts.save()
@@ -157,10 +172,12 @@ def run_locked(job: Job, lock: int, started: Callable[[subprocess.Popen], None])
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:
-            attempts.save()
+            with contextlib.suppress(OSError):  # a disk that is full now may have room at the end
+                attempts.save()
     attempts.save()
     code = process.returncode
-    if code in (130, 143, -signal.SIGINT, -signal.SIGTERM):
+    # torchrun makes 1 of every code of its ranks
+    if code in (130, 143, -signal.SIGINT, -signal.SIGTERM) or (code and stopping()):
         return "stopped"
     record, text = harvest(job, code, attempts.list)
     results.store(job.results, job.paper, job.scale, record, text)
@@ -185,7 +202,6 @@ def harvest(job: Job, code: int, attempts: list[dict]) -> tuple[dict, str | None
         "machine": machine(),
     }
     flaw = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    series = {}
     try:
         told = json.loads((job.run_dir / "args.json").read_text())
         record["commit"] = told["commit"].removesuffix("-dirty")
@@ -193,13 +209,15 @@ def harvest(job: Job, code: int, attempts: list[dict]) -> tuple[dict, str | None
         names = ("torch", "numpy", "gymnasium", "mujoco", "transformers")
         record["versions"] = {name: told["packages"].get(name) for name in names}
         series = results.read_metrics(job.run_dir / "metrics.csv")
-    except (OSError, ValueError, KeyError) as error:
-        if code == 0:
-            flaw = f"exit code 0, but its args.json or metrics.csv cannot be read: {error}"
-    missing = [key for key in job.metrics if key not in series]
-    if code == 0 and series and missing:
-        flaw = f"exit code 0, but no {missing[0]} in metrics.csv"
-    if code or missing:
+        missing = [key for key in job.metrics if key not in series]
+        broken = [k for k in job.metrics if k in series and not np.isfinite(series[k][1]).all()]
+        lack = f"metrics.csv has no {', '.join(missing)}" if missing else ""
+        lack = lack or (f"{', '.join(broken)} in metrics.csv is not finite" if broken else "")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        lack = f"its args.json or metrics.csv cannot be read: {type(error).__name__}: {error}"
+    if code == 0 and lack:
+        flaw += f", but {lack}"
+    if code or lack:
         log = (job.run_dir / "log.txt").read_text(errors="replace").splitlines()
         log = [line.rpartition("\r")[2][:500] for line in log if line.strip()]
         return record | {"error": flaw, "log": log[-LOG_TAIL:]}, None
@@ -212,13 +230,28 @@ def harvest(job: Job, code: int, attempts: list[dict]) -> tuple[dict, str | None
     return record | {"state": "done"}, results.csv_text(edges, table)
 
 
+def cores() -> int:
+    """That this process may use."""
+    may_use = getattr(os, "sched_getaffinity", None)  # not on a Mac
+    return len(may_use(0)) if may_use else os.cpu_count()
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """SIGKILL to a process and those below it: torchrun's ranks outlive torchrun."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+    process.kill()
+
+
 def machine() -> dict:
     """CPU, its cores, and the GPU where there is one."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), cpu)
-    found = {"cpu": cpu, "cores": len(os.sched_getaffinity(0))}
+    found = {"cpu": cpu, "cores": cores()}
     try:
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         gpus = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
@@ -285,10 +318,29 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{round(seconds) % 60:02d}"
 
 
+def run_and_tell(job: Job, *hooks: Callable) -> tuple[str, str]:
+    """(state, what to say of it): run_job, with "not stored" where it raises UserError."""
+    try:
+        state = run_job(job, *hooks)
+    except UserError as error:
+        return "not stored", f": {error}"
+    if state != "failed":
+        return state, ""
+    record = job.stored()[job.name]
+    return state, "\n    ".join(
+        [f": {record['error']}", *record["log"], f"repeat it: {record['command']}"]
+    )
+
+
+def say(console: Console, state: str, job: Job, text: str = "") -> None:
+    # commands and lines of a log stay whole, to be copied
+    console.print(f"{state:9s} {job.name}{text}", markup=False, highlight=False, soft_wrap=True)
+
+
 def launch(jobs: list[Job], workers: int, console: Console) -> Watch:
     """Run `jobs`, `workers` at a time. SIGINT or SIGTERM lets each write a checkpoint and ends."""
-    watch, processes, lock = Watch(jobs), {}, threading.Lock()
-    stop = threading.Event()
+    watch, processes = Watch(jobs), {}
+    stop, lock = threading.Event(), threading.RLock()  # a signal may come while one is handled
 
     def work(job: Job) -> None:
         def started(process: subprocess.Popen) -> None:
@@ -300,16 +352,10 @@ def launch(jobs: list[Job], workers: int, console: Console) -> Watch:
         if stop.is_set():
             return
         watch.state[job] = "running"
-        console.print(f"start    {job.name}") if not console.is_terminal else None
-        watch.state[job] = state = run_job(job, started)
-        if state == "failed":
-            record = results.records(job.results, job.paper, job.scale)[job.name]
-            console.print(f"[red]failed[/]   {job.name}: {record['error']}")
-            for line in record["log"]:
-                console.print(f"    {line}", markup=False, highlight=False)
-            console.print(f"    repeat it: {record['command']}", markup=False, highlight=False)
-        else:
-            console.print(f"{state:8s} {job.name}")
+        if not console.is_terminal:
+            say(console, "start", job)
+        watch.state[job], text = run_and_tell(job, started, stop.is_set)
+        say(console, watch.state[job], job, text)
 
     def interrupt(number: int, _) -> None:
         again = stop.is_set()
@@ -318,8 +364,9 @@ def launch(jobs: list[Job], workers: int, console: Console) -> Watch:
             for process in processes.values():
                 if process.poll() is None:
                     # a second signal does not wait for checkpoints
-                    process.kill() if again else process.terminate()
-        console.print("stopping: every run writes a checkpoint; the same command goes on later")
+                    kill_tree(process) if again else process.terminate()
+        if not again:
+            console.print("stopping: every run writes a checkpoint; the same command goes on later")
 
     old = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -356,20 +403,21 @@ def submit(jobs: list[Job], cluster: str, folder: Path, options: dict, console: 
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
         executor.update_parameters(**options)
-        handles = dict(zip(jobs, executor.map_array(run_job, jobs), strict=True))
+        handles = dict(zip(jobs, executor.map_array(run_and_tell, jobs), strict=True))
     except (RuntimeError, FileNotFoundError) as error:  # no sbatch here, or it refused
         raise UserError(f"--launcher {cluster}: {error}") from error
-    watch = Watch(jobs)
+    watch, ended_already = Watch(jobs), set()
     words = {"RUNNING": "running", "PENDING": "waiting", "UNKNOWN": "waiting"}
 
     def ended() -> bool:
         for job, handle in handles.items():
             if not handle.done():
                 watch.state[job] = words.get(handle.state, handle.state.lower())
-            elif watch.state[job] not in ("done", "failed", "stopped", "elsewhere"):
+            elif job not in ended_already:
+                ended_already.add(job)
                 error = handle.exception()
-                watch.state[job] = f"failed ({error})" if error else handle.result()
-                console.print(f"{watch.state[job]:8s} {job.name}", markup=False)
+                watch.state[job], text = ("failed", f": {error}") if error else handle.result()
+                say(console, watch.state[job], job, text)
         return all(handle.done() for handle in handles.values())
 
     try:

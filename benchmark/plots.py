@@ -70,7 +70,10 @@ class Picture:
 
     def is_at(self, path: Path) -> bool:
         """Whether `path` is a picture of this data."""
-        return path.exists() and Image.open(path).info.get(KEY) == self.digest()
+        if not path.exists():
+            return False
+        with Image.open(path) as image:
+            return image.info.get(KEY) == self.digest()
 
 
 def plain(value: object) -> object:

@@ -26,13 +26,12 @@ DOCS = jobs.ROOT / "docs"
 ORDER = ("paper", "laptop", "smoke")
 MIN_RUNS = 3  # of each run and environment: an interval over fewer says too little
 VERDICTS = ("reproduced", "not reproduced", "inconclusive", "not run")
-MADE = "<!-- Written by `python -m benchmark report`; changes by hand are lost. -->"
 UNCOUNTED = ("charts/SPS", "charts/tokens_per_second")  # what a machine does, not an algorithm
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """The finished runs of one paper at one scale."""
+    """The runs of one paper at one scale, made with the flags that its file has today."""
 
     name: str
     paper: papers.Paper
@@ -45,13 +44,10 @@ class Evidence:
         return [job for job in self.planned if (job.run, job.env) == (run, env)]
 
     def done(self, run: str, env: str) -> list[jobs.Job]:
-        """Finished with the flags that the paper's file has today."""
-        group = self.jobs_of(run, env)
-        return [j for j in group if j.name in self.records and j.is_done(self.records[j.name])]
+        return [job for job in self.jobs_of(run, env) if job.finished(self.records)]
 
     def failed(self, run: str, env: str) -> list[jobs.Job]:
-        group = self.jobs_of(run, env)
-        return [j for j in group if self.records.get(j.name, {}).get("state") == "failed"]
+        return [job for job in self.jobs_of(run, env) if job.failed(self.records)]
 
     def score(self, job: jobs.Job, metric: str, score: str, step: int | None = None) -> float:
         if score != "at_step":
@@ -83,7 +79,9 @@ def gather(name: str, folder: Path, scales: tuple[str, ...]) -> dict[str, Eviden
             stored = results.records(folder, name, scale)
             seeds = max([paper.scales[scale].seeds, *(r["seed"] for r in stored.values())])
             planned = plan(name, scale, seeds, folder=folder)
-            found[scale] = Evidence(name, paper, scale, stored, planned, folder)
+            current = [job for job in planned if job.finished(stored) or job.failed(stored)]
+            today = {job.name: stored[job.name] for job in current}
+            found[scale] = Evidence(name, paper, scale, today, planned, folder)
     return found
 
 
@@ -96,19 +94,28 @@ def judge(claim: papers.Claim, found: dict[str, Evidence]) -> Judged:
         groups = [(name, env) for name in names for env in envs]
         wanted = max(MIN_RUNS, evidence.paper.scales[scale].seeds)
         done = [len(evidence.done(*group)) for group in groups]
-        failed = sum(len(evidence.failed(*group)) for group in groups)
+        failed = [len(evidence.failed(*group)) for group in groups]
         if not all(evidence.jobs_of(*group) for group in groups):
             continue  # not part of this scale
-        if failed:
-            why = f"{failed} of {sum(done) + failed} runs failed"
+        if min(map(sum, zip(done, failed, strict=True))) < wanted:
+            so_far, bad = sum(min(count, wanted) for count in done), sum(failed)
+            if so_far or bad:
+                why = f"{scale}: {so_far} of {wanted * len(groups)} runs so far"
+                reasons.append(why + (f", {bad} failed" if bad else ""))
+            continue
+        if any(failed):
+            why = f"{sum(failed)} of {sum(done) + sum(failed)} runs failed"
             return Judged(claim, "inconclusive", scale, runs=str(sum(done)), reason=why)
-        if min(done) < wanted:
-            if sum(done):
-                reasons.append(f"{scale}: {sum(done)} of {wanted * len(groups)} runs so far")
+        end = min(evidence.records[j.name]["steps"] for g in groups for j in evidence.done(*g))
+        if claim.step and end < 0.99 * claim.step:  # the last stretch that a CSV keeps
+            reasons.append(f"{scale}: runs end at step {end:,}, before {claim.step:,}")
             continue
         runs = f"{min(done)}" if min(done) == max(done) else f"{min(done)} to {max(done)}"
         runs += f" x {len(groups)}" if len(groups) > 1 else ""
-        interval = effect(claim, evidence, envs)
+        try:
+            interval = effect(claim, evidence, envs)
+        except ValueError as error:  # a ratio to a baseline whose mean is not positive
+            return Judged(claim, "inconclusive", scale, runs=runs, reason=str(error))
         return Judged(claim, stats.verdict(interval, claim.low, claim.high), scale, interval, runs)
     return Judged(claim, "not run", reason="; ".join(reasons))
 
@@ -174,7 +181,8 @@ def shown(judged: Judged) -> tuple[str, str]:
 
 
 def verdict(judged: Judged) -> str:
-    text = f"**{judged.verdict}**" if judged.interval else judged.verdict
+    # coloured by docs/styles.css; bold where there is no style sheet
+    text = f'<b class="verdict {judged.verdict.replace(" ", "-")}">{judged.verdict}</b>'
     return text + (f" ({judged.reason})" if judged.reason else "")
 
 
@@ -183,7 +191,7 @@ def scoreboard(board: dict[str, list[Judged]]) -> str:
     lines = [
         "# Scoreboard of claims",
         "",
-        MADE,
+        diff.MADE,
         "",
         "What papers say, tested by runs that anyone can repeat. A claim names the effects for "
         "which it holds before its runs are made. **Reproduced**: the whole 95 % interval of the "
@@ -203,15 +211,15 @@ def scoreboard(board: dict[str, list[Judged]]) -> str:
             f"Evidence: [page]({name}.md), `benchmark/results/{name}/`. Claims and published "
             f"values: `benchmark/papers/{name}.toml`.",
             "",
-            "| claim | effect | 95 % interval | holds for | reported | runs | scale | verdict |",
-            "|---|---|---|---|---|---|---|---|",
+            *header(["claim", "verdict", "effect [95 %]", "holds for", "reported", "runs"]),
         ]
         for judged in claims:
             claim = judged.claim
             value, interval = shown(judged)
-            cells = [cell(claim.statement), f"{kind(claim)}: {value}" if value else kind(claim)]
-            cells += [interval, bounds(claim), cell(claim.reported), judged.runs, judged.scale]
-            lines.append("| " + " | ".join([*cells, verdict(judged)]) + " |")
+            cells = [f"[{cell(claim.statement)}]({name}.md#{claim.id})", verdict(judged)]
+            cells.append(f"{kind(claim)}: {value} {interval}" if value else kind(claim))
+            cells += [bounds(claim), cell(claim.reported)]
+            lines.append(row([*cells, f"{judged.runs}, {judged.scale}" if judged.runs else ""]))
         lines.append("")
     return "\n".join(lines)
 
@@ -220,13 +228,12 @@ def index(board: dict[str, list[Judged]]) -> str:
     lines = [
         "# Papers",
         "",
-        MADE,
+        diff.MADE,
         "",
         "Papers with a file of claims in `benchmark/papers/`. [The scoreboard](scoreboard.md) has "
         "the verdicts.",
         "",
-        "| paper | year | scripts | " + " | ".join(VERDICTS) + " |",
-        "|---|---|---|" + "---|" * len(VERDICTS),
+        *header(["paper", "year", "scripts", *VERDICTS]),
     ]
     for name, claims in board.items():
         paper = papers.load(name)
@@ -236,7 +243,7 @@ def index(board: dict[str, list[Judged]]) -> str:
         counts = Counter(judged.verdict for judged in claims)
         cells = [f"[{about.title}]({about.link}), {about.authors}; [evidence]({name}.md)"]
         cells += [str(about.year), links, *(str(counts[v] or "") for v in VERDICTS)]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(row(cells))
     return "\n".join([*lines, ""])
 
 
@@ -244,7 +251,7 @@ def page(name: str, found: dict[str, Evidence], claims: list[Judged], pictures: 
     paper = papers.load(name)
     about = paper.paper
     links = f"[paper]({about.link})" + (f", [authors' code]({about.code})" if about.code else "")
-    lines = [f"# Evidence: {about.title}", "", MADE, ""]
+    lines = [f"# Evidence: {about.title}", "", diff.MADE, ""]
     lines += [f"{about.authors}, {about.year}: {links}. {cell(about.note)}".strip(), ""]
     lines += [f"Files: `benchmark/papers/{name}.toml`, `benchmark/results/{name}/`.", ""]
     lines += ["## Claims", ""]
@@ -264,7 +271,7 @@ def page(name: str, found: dict[str, Evidence], claims: list[Judged], pictures: 
         )
         if claim.note:
             lines.append(f"- {cell(claim.note)}")
-        flag = f"--scale {judged.scale or ORDER[1]} --only {claim.id}"
+        flag = f"--scale {judged.scale or next(iter(found))} --only {claim.id}"
         lines.append(f"- Repeat: `python -m benchmark run {name} {flag}`")
     for scale, evidence in found.items():
         if any(record["state"] == "done" for record in evidence.records.values()):
@@ -291,7 +298,8 @@ def machines(evidence: Evidence) -> str:
     hours = sum(r["wall_seconds"] * r["processes"] for r in found) / 3600
     failed = sum(r["state"] == "failed" for r in evidence.records.values())
     return (
-        f"{len(found)} runs, {failed} failed, {hours:.1f} core hours. Commits (runs): "
+        f"{len(found)} runs, {failed} failed; {hours:.1f} hours, added up over processes. "
+        "Commits (runs): "
         + ", ".join(f"{c} ({n})" for c, n in sorted(commits.items()))
         + f". Machines: {'; '.join(sorted(cpus))}, one thread a process. "
         + f"Versions: {'; '.join(sorted(versions))}. "
@@ -300,42 +308,62 @@ def machines(evidence: Evidence) -> str:
 
 
 def table(evidence: Evidence) -> list[str]:
-    """Scores of every run: mean +- standard deviation (ddof 0) over seeds, and the IQM."""
+    """Scores of all runs of each script, mean +- standard deviation (ddof 0) over seeds."""
     targets = {
         (c.run, c.metric, evidence.paper.number(n).env): evidence.paper.number(n)
         for c in evidence.paper.claims
         for n in c.numbers
     }
-    lines = []
+    scripts = {}
     for run in evidence.paper.runs:
-        head, rest = run.metrics[0], [m for m in run.metrics[1:] if m not in UNCOUNTED]
-        titles = ["last 100", "IQM of it [95 %]", "last", "best", "published"]
-        rows = []
         for env in run.envs or [""]:
-            done = evidence.done(run.name, env)
-            if not done:
-                continue
+            if evidence.done(run.name, env):
+                scripts.setdefault(run.script, []).append((run, env))
+    lines = []
+    for script, groups in scripts.items():
+        head = groups[0][0].metrics[0]
+        names = [env or run.name for run, env in groups]
+        lines += ["", f"`algos/{script}.py`, `{head}`: mean of the last 100 values of each run, "]
+        lines[-1] += "last value, best value of the stored curve; mean +- standard deviation over "
+        lines[-1] += "runs."
+        titles = ["", "runs", "last 100", "IQM of it [95 %]", "last", "best", "published"]
+        lines += ["", *header(titles)]
+        for (run, env), name in zip(groups, names, strict=True):
             values = evidence.scores(run.name, env, head, "last_100")
             i = stats.score_interval([values], "iqm")
-            cells = [env or "built-in task", str(len(done)), spread(values)]
+            cells = [name, str(len(values)), spread(values)]
             cells.append(f"{number(i.value)} [{number(i.low)}, {number(i.high)}]")
             cells += [spread(evidence.scores(run.name, env, head, s)) for s in ("last", "best")]
             target = targets.get((run.name, head, env))
-            cells.append(
-                f"{number(target.value)} +- {number(target.spread or 0)} ({target.seeds} seeds)"
-                if target
-                else ""
-            )
-            cells += [spread(evidence.scores(run.name, env, metric, "last")) for metric in rest]
-            rows.append("| " + " | ".join(cells) + " |")
-        if rows:
-            flags = " ".join(run.flags(evidence.scale))
-            lines += ["", f"`{run.name}`: `algos/{run.script}.py {flags}`. `{head}`: mean of the "]
-            lines[-1] += "last 100 values of each run, last value, best value of the stored curve; "
-            lines[-1] += "mean +- standard deviation over runs. Other columns: last value."
-            titles = ["task", "runs", *titles, *(f"`{m}`" for m in rest)]
-            lines += ["", "| " + " | ".join(titles) + " |", "|" + "---|" * len(titles), *rows]
+            cells.append(f"{value_of(target)}, {target.seeds} seeds" if target else "")
+            lines.append(row(cells))
+        lines += ["", "Last value of the other metrics:", "", *header(["", *names])]
+        for metric in dict.fromkeys(m for run, _ in groups for m in run.metrics[1:]):
+            if metric not in UNCOUNTED:
+                cells = [
+                    spread(evidence.scores(run.name, env, metric, "last"))
+                    if metric in run.metrics
+                    else ""
+                    for run, env in groups
+                ]
+                lines.append(row([f"`{metric}`", *cells]))
+        flags = {f"`{run.name}`: `{' '.join(run.flags(evidence.scale))}`" for run, _ in groups}
+        lines += ["", f"Flags: {'; '.join(sorted(flags))}."]
     return lines
+
+
+def row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def header(titles: list[str]) -> list[str]:
+    return [row(titles), "|" + "---|" * len(titles)]
+
+
+def value_of(published: papers.Number) -> str:
+    """As it was published, not rounded."""
+    spread = "" if published.spread is None else f" +- {published.spread:.12g}"
+    return f"{published.value:.12g}{spread}"
 
 
 def published(paper: papers.Paper) -> str:
@@ -343,8 +371,7 @@ def published(paper: papers.Paper) -> str:
     head = ["method", "task", "metric", "value", "seeds", "steps", "versions", "source", "read in"]
     rows = []
     for n in paper.numbers:
-        value = number(n.value) + (f" +- {number(n.spread)}" if n.spread is not None else "")
-        cells = [n.method, n.env, n.metric, value, n.seeds, f"{n.steps:,}" if n.steps else ""]
+        cells = [n.method, n.env, n.metric, value_of(n), n.seeds, f"{n.steps:,}" if n.steps else ""]
         cells += [n.versions, n.source, n.read_in]
         text = "".join(f"<td>{html.escape(str(c if c is not None else ''))}</td>" for c in cells)
         rows.append(f"<tr>{text}</tr>")
@@ -466,18 +493,23 @@ def report(
     texts, images = build(results, ORDER if smoke else ORDER[:2])
     kept = {docs / path for path in [*texts, *images]}
     stale = [docs / path for path, text in texts.items() if read(docs / path) != text]
-    stale += [docs / path for path, image in images.items() if not image.is_at(docs / path)]
+    stale += [docs / path for path, image in images.items() if not shows(docs / path, image)]
     pages = [*(docs / "diffs").glob("*.md"), *(docs / "benchmark").glob("*.md")]
-    gone = [p for p in [*pages, *(docs / "benchmark" / "images").glob("*.png")] if p not in kept]
+    gone = [path for path in pages if diff.MADE in read(path)]  # a page by hand stays
+    gone += (docs / "benchmark" / "images").glob("*.png")
+    gone = [path for path in gone if path not in kept]
     if check:
         if stale or gone:
             names = ", ".join(sorted(jobs.relative(path) for path in [*stale, *gone]))
             raise UserError(f"not what the results give: {names}; run python -m benchmark report")
         return
     for path in stale:
-        path.parent.mkdir(parents=True, exist_ok=True)
         below = path.relative_to(docs)
-        images[below].save(path) if below in images else path.write_text(texts[below])
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            images[below].save(path) if below in images else path.write_text(texts[below])
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from error
         print(jobs.relative(path))
     for path in gone:
         path.unlink()
@@ -485,7 +517,14 @@ def report(
 
 
 def read(path: Path) -> str | None:
-    return path.read_text() if path.exists() else None
+    return path.read_text(errors="replace") if path.exists() else None
+
+
+def shows(path: Path, image: plots.Picture) -> bool:
+    try:
+        return image.is_at(path)
+    except OSError:  # what is there is no picture
+        return False
 
 
 def main(flags: list[str]) -> None:

@@ -53,8 +53,9 @@ def curves(series: dict, keys: list[str]) -> tuple[np.ndarray, dict[str, np.ndar
 
     A stretch without a value is NaN. Runs with the same number of steps share the grid.
     """
-    end = max(int(steps[-1]) for steps, _ in series.values())
-    edges = np.unique(np.linspace(0, end, min(ROWS, end) + 1).astype(np.int64))[1:]
+    end = max(int(steps.max()) for steps, _ in series.values())
+    edges = np.unique(np.linspace(0, end, min(ROWS, end) + 1).astype(np.int64))
+    edges = edges[min(1, end) :]  # a run that logs at step 0 only has that stretch
     columns = {}
     for key in keys:
         steps, values = series[key]
@@ -94,24 +95,30 @@ def table(paths: list[Path], key: str) -> tuple[np.ndarray, np.ndarray]:
     return steps, runs
 
 
-def write(path: Path, text: str) -> None:
-    """Whole or not at all. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{os.getpid()}")
+def write(texts: dict[Path, str]) -> None:
+    """{path: text}, each whole; all, or none where the disk is full. Raises OSError with a path."""
+    written = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in texts}
     try:
-        with new.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
+        for path, new in written.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with new.open("w") as file:
+                file.write(texts[path])
+                file.flush()
+                os.fsync(file.fileno())
+        for path, new in written.items():
+            new.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, f"{path}: {error.strerror}") from error
     finally:
-        new.unlink(missing_ok=True)
+        for new in written.values():
+            with contextlib.suppress(OSError):  # its folder could not be made
+                new.unlink()
 
 
-def records(folder: Path, paper: str, scale: str) -> dict[str, dict]:
+def records(folder: Path, paper: str, scale: str, tell: bool = True) -> dict[str, dict]:
     """{job: record} of all runs whose line and CSV are whole; says which are not."""
     path, found = folder / paper / f"{scale}.jsonl", {}
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
@@ -121,11 +128,12 @@ def records(folder: Path, paper: str, scale: str) -> dict[str, dict]:
                     raise ValueError("its CSV is not the one that was written")
             found[record["job"]] = record
         except (ValueError, KeyError, TypeError, OSError) as error:
-            print(
-                f"{path.name} line {number} is damaged ({type(error).__name__}: {error}): "
-                f"that run counts as missing; python -m benchmark run {paper} makes it again",
-                file=sys.stderr,
-            )
+            if tell:
+                print(
+                    f"{path} line {number} is damaged ({type(error).__name__}: {error}): "
+                    "that run counts as missing, and the command that made it makes it again",
+                    file=sys.stderr,
+                )
     return found
 
 
@@ -134,12 +142,14 @@ def store(folder: Path, paper: str, scale: str, record: dict, text: str | None) 
 
     Raises OSError (a full disk, say); what was there is then still there.
     """
+    texts = {}
     if text is not None:
-        write(folder / paper / scale / f"{record['job']}.csv", text)
+        texts[folder / paper / scale / f"{record['job']}.csv"] = text
         record = record | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
     path = folder / paper / f"{scale}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     # several `run` commands may share the work
-    with FileLock(path.with_name(f".{path.name}.lock")), contextlib.redirect_stderr(io.StringIO()):
-        found = records(folder, paper, scale) | {record["job"]: record}
-        write(path, "".join(json.dumps(found[job]) + "\n" for job in sorted(found)))
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        found = records(folder, paper, scale, tell=False) | {record["job"]: record}
+        lines = "".join(json.dumps(found[job]) + "\n" for job in sorted(found))
+        write(texts | {path: lines})

@@ -10,7 +10,6 @@ share the work.
 
 import hashlib
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from rich.console import Console
 
 from benchmark import jobs, papers, results
 from benchmark.papers import Scale
+from benchmark.results import records
 from rlhf import UserError
 
 RUNS = jobs.ROOT / "runs" / "benchmark"
@@ -110,16 +110,19 @@ def run(
         only: id of a claim: just the runs that test it
         dry_run: print the commands and what is done already
         launcher: processes of this machine; Slurm by submitit; or submitit's local executor
+            (all runs at once, to try that path)
         slurm_partition: partition to submit to
         slurm_hours: time limit of a job; one that reaches it is continued by the same command
         gpus: GPUs for each Slurm job
         results: folder of the results
     """
     planned = plan(paper, scale, seeds, only, results)
-    workers = workers or max(1, len(os.sched_getaffinity(0)) // max(j.processes for j in planned))
+    if workers is None:
+        workers = max(1, jobs.cores() // max(j.processes for j in planned))
     if workers < 1:
         raise UserError(f"--workers {workers}: at least 1")
-    finished = [job.finished() for job in planned]
+    stored = records(results, paper, scale)
+    finished = [job.finished(stored) for job in planned]
     missing = [job for job, done in zip(planned, finished, strict=True) if not done]
     if dry_run:
         for job, done in zip(planned, finished, strict=True):
@@ -129,6 +132,10 @@ def run(
     console.print(f"{paper}, {scale}: {len(planned)} runs, {sum(finished)} of them done")
     if not missing:
         return
+    try:  # not after hours of runs
+        results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--results {results}: {error.strerror}") from error
     prepare(missing, papers.load(paper))
     if launcher == "processes":
         watch = jobs.launch(missing, workers, console)

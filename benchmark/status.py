@@ -4,7 +4,6 @@ python -m benchmark status
 python -m benchmark status ppo --scale paper --workers 8
 """
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -16,19 +15,20 @@ from benchmark import jobs, papers, results
 from benchmark.papers import Scale
 from benchmark.results import records
 from benchmark.run import plan
+from rlhf import UserError
 
 STATES = ("done", "running", "failed", "cut off", "missing")
 
 
-def state(job: jobs.Job, record: dict | None) -> str:
-    if record and job.is_done(record):
+def state(job: jobs.Job, stored: dict[str, dict]) -> str:
+    if job.finished(stored):
         return "done"
     lock = job.run_dir / "lock"
     if lock.exists():
         with lock.open() as file:
             if jobs.locked(file):
                 return "running"
-    if record and record["state"] == "failed":
+    if job.failed(stored):
         return "failed"
     return "cut off" if lock.exists() else "missing"
 
@@ -58,18 +58,23 @@ def status(
         workers: runs at a time, for the estimate; one for each core if not given
         results: folder of the results
     """
+    workers = jobs.cores() if workers is None else workers
+    if workers < 1:
+        raise UserError(f"--workers {workers}: at least 1")
     console = Console(highlight=False)
     total, unknown = 0.0, 0
     for name in [paper] if paper else papers.names():
         scales = papers.load(name).scales
-        for scale_name in [scale] if scale else scales:
+        # a scale that one of all papers lacks is no error
+        wanted = [scale] if scale and paper else [s for s in scales if scale in (None, s)]
+        for scale_name in wanted:
             stored = records(results, name, scale_name)
             groups = {}
             for job in plan(name, scale_name, folder=results):
                 groups.setdefault((job.run, job.env), []).append(job)
             table = Table("run", *STATES, "hours", box=None, pad_edge=False)
             for (run, env), group in groups.items():
-                states = [state(job, stored.get(job.name)) for job in group]
+                states = [state(job, stored) for job in group]
                 waiting = [job for job, s in zip(group, states, strict=True) if s != "done"]
                 left = [seconds_left(job, list(stored.values())) for job in waiting]
                 known = [seconds for seconds in left if seconds is not None]
@@ -79,7 +84,6 @@ def status(
                 table.add_row(f"{run} {env}".strip(), *counts, hours)
             console.print(f"[bold]{name}, {scale_name}[/]: {scales[scale_name].about}")
             console.print(table, "")
-    workers = workers or len(os.sched_getaffinity(0))
     more = f", and {unknown} runs of which none like them has finished" if unknown else ""
     console.print(f"about {total / 3600 / workers:.1f} hours with {workers} at a time{more}")
 

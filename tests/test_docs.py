@@ -125,7 +125,7 @@ def check_command(words):
     for i, word in enumerate(words):
         if word == "-m" and words[i + 1] == "benchmark" and words[i + 2 :]:
             known = (ROOT / "benchmark" / "__main__.py").read_text()
-            found = re.search(rf'"{words[i + 2]}": (\w+)\.main', known)
+            found = re.search(rf'"{words[i + 2]}": "(\w+)"', known)
             assert found, f"no command {words[i + 2]}"
             command, rest = found[1], words[i + 3 :]
             path = ROOT / "benchmark" / f"{command}.py"

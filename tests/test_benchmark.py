@@ -1,0 +1,999 @@
+"""The benchmark harness through its command, on small scripts that end in every possible way."""
+
+import csv
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmark import jobs, report, results, run
+from benchmark.papers import Paper
+from tests.launch import ENVIRONMENT, ROOT, descendants, digests
+
+# A script as the harness sees one. It logs ten steps of 100 and keeps its step as a checkpoint;
+# with --wait it stands still in the middle until that file exists.
+SCRIPT = """
+import argparse, json, os, signal, sys, time
+from pathlib import Path
+
+parser = argparse.ArgumentParser()
+for name in ("--run-dir", "--wait"):
+    parser.add_argument(name, type=Path)
+for name in ("--resume", "--env-id", "--end", "--key"):
+    parser.add_argument(name, default="")
+for name in ("--seed", "--bonus", "--fail-seed"):
+    parser.add_argument(name, type=int, default=0)
+parser.add_argument("--deaf", action="store_true")
+args = parser.parse_args()
+rank = os.environ.get("RANK", "0")
+folder = args.run_dir / rank if rank != "0" else args.run_dir
+folder.mkdir(parents=True, exist_ok=True)
+
+told = []
+signal.signal(signal.SIGTERM, lambda *_: None if args.deaf else told.append(143))
+with (folder / "starts").open("a") as file:
+    file.write(f"{os.getpid()}\\n")
+checkpoint = folder / "step"
+step = int(checkpoint.read_text()) if checkpoint.exists() else 0
+print(f"starting at {step}", flush=True)
+time.sleep(0.1)  # wall times are kept in tenths of a second
+if args.end == "silent":
+    sys.exit()
+packages = {"torch": "2.0", "numpy": "1.0"}
+record = {"args": {"total_timesteps": 1000}, "commit": "abc1234-dirty", "packages": packages}
+(folder / "args.json").write_text(json.dumps(record))
+with (folder / "metrics.csv").open("a") as log:
+    log.write("" if step else "step,key,value\\n")
+    while step < 10:
+        if step == 5 and args.fail_seed == args.seed:
+            sys.exit("[Errno 5] [/red] the reason" + 20 * ", in many words")
+        if step == 5 and args.wait and not args.wait.exists() or told:
+            if told:
+                print("stopped")
+                sys.exit(143)
+            time.sleep(0.01)
+            continue
+        step += 1
+        value = "nan" if args.end == "nan" else 100 * args.seed + step + args.bonus
+        if args.end != "header":
+            log.write(f"{100 * step},{args.key or 'score'},{value}\\n")
+            log.flush()
+        new = folder / "step.new"
+        new.write_text(str(step))
+        new.replace(checkpoint)
+"""
+
+PAPER = """
+[paper]
+title = "A Fake"
+authors = "Nobody"
+year = 2026
+link = "https://example.org"
+
+[scales.smoke]
+seeds = 2
+about = "seconds"
+
+[scales.laptop]
+seeds = 3
+about = "minutes"
+
+[[runs]]
+name = "new"
+script = "fake"
+smoke = "FLAGS"
+laptop = "FLAGS --bonus 1"
+processes = PROCESSES
+metrics = ["score"]
+
+[[claims]]
+id = "high"
+statement = "New scores above 100"
+source = "page 1"
+run = "new"
+metric = "score"
+statistic = "mean"
+low = 100.0
+"""
+
+
+def copy_folder(name, root, *without):
+    skip = shutil.ignore_patterns("results", "peers", "__pycache__", *without)
+    shutil.copytree(ROOT / name, root / name, ignore=skip)
+
+
+class Project:
+    """A copy of the harness with scripts and papers of its own, so that no test meets real runs."""
+
+    def __init__(self, root, flags="", processes=1):
+        self.root = root
+        self.results = root / "benchmark" / "results"
+        copy_folder("benchmark", root, "papers")
+        for path, text in {"algos/fake.py": SCRIPT, "rlhf/__init__.py": None}.items():
+            (root / path).parent.mkdir()
+            (root / path).write_text(text or (ROOT / path).read_text())
+        self.results.mkdir()
+        self.write_paper(flags, processes)
+
+    def write_paper(self, flags="", processes=1, old="", new=""):
+        text = PAPER.replace("FLAGS", flags).replace("PROCESSES", str(processes))
+        assert old in text
+        (self.root / "benchmark" / "papers").mkdir(exist_ok=True)
+        (self.root / "benchmark" / "papers" / "fake.toml").write_text(text.replace(old, new, 1))
+
+    def start(self, *words):
+        return Command(self.root, *words)
+
+    def run(self, *words, code=0, timeout=120):
+        """Run to the end. Returns stdout and stderr."""
+        with self.start(*words) as command:
+            ended, out, err = command.finish(timeout)
+        assert ended == code, out + err
+        assert "Traceback" not in out + err
+        return out, err
+
+    def refuse(self, *words):
+        """Run what must be refused in one line. Returns the line."""
+        out, err = self.run(*words, code=1)
+        assert not out and len(err.splitlines()) == 1 and err.startswith("error: "), out + err
+        return err
+
+    def run_dir(self, seed=1):
+        """Of the only run with this seed."""
+        (found,) = (self.root / "runs" / "benchmark" / "fake" / "smoke").glob(f"new__*__{seed}__*")
+        return found
+
+    def starts(self, seed=1):
+        """Process ids of all starts of a run."""
+        files = (self.root / "runs" / "benchmark" / "fake" / "smoke").glob(f"*__{seed}__*/starts")
+        return [int(pid) for file in files for pid in file.read_text().split()]
+
+    def steps(self, seed=1):
+        """Steps that its metrics.csv has."""
+        with (self.run_dir(seed) / "metrics.csv").open() as file:
+            return [int(row["step"]) for row in csv.DictReader(file)]
+
+    def records(self):
+        return results.records(self.results, "fake", "smoke")
+
+    def wait_for_step(self, step, seed=1):
+        def reached():
+            paths = self.root.glob(f"runs/benchmark/fake/smoke/new__*__{seed}__*/step")
+            return any(path.read_text() == str(step) for path in paths)
+
+        wait_until(reached)
+
+    def end_scripts(self):
+        for file in self.root.glob("runs/**/starts"):
+            for pid in map(int, file.read_text().split()):
+                if running(pid, self.root):
+                    os.kill(pid, signal.SIGKILL)
+
+
+class Command:
+    """python -m benchmark ..., with all that it started ended at the end of the block."""
+
+    def __init__(self, root, *words):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmark", *map(str, words)],
+            cwd=root,
+            env=ENVIRONMENT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            for pid in [self.process.pid, *descendants(self.process.pid)]:
+                os.kill(pid, signal.SIGKILL)
+        self.process.communicate()
+
+    def finish(self, timeout=120):
+        out, err = self.process.communicate(timeout=timeout)
+        return self.process.returncode, out, err
+
+
+def running(pid, root):
+    """Whether a process with this id is there and belongs to the project in `root`."""
+    try:
+        there = Path(f"/proc/{pid}/cwd").resolve() == root.resolve()
+        return there and "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return False
+
+
+def wait_until(condition, timeout=120):
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def project(tmp_path):
+    """project(flags): a project whose only paper is "fake", run with these flags."""
+    made = []
+
+    def make(flags="", processes=1):
+        made.append(Project(tmp_path / "project", flags, processes))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.end_scripts()
+
+
+# ------------------------------------------------------------------------------- STORED CURVES
+
+
+def test_stretches_by_hand(monkeypatch):
+    monkeypatch.setattr(results, "ROWS", 4)
+    series = {
+        "a": (np.array([0, 1, 4, 5, 8]), np.array([1.0, 3.0, 5.0, 7.0, 9.0])),
+        "b": (np.array([8]), np.array([2.0])),
+    }
+    edges, columns = results.curves(series, ["a", "b"])
+    assert edges.tolist() == [2, 4, 6, 8]
+    assert columns["a"].tolist() == [2, 5, 7, 9]  # steps 0 and 1; 4; 5; 8
+    np.testing.assert_array_equal(columns["b"], [np.nan, np.nan, np.nan, 2])
+    assert results.csv_text(edges, columns) == "step,a,b\n2,2,\n4,5,\n6,7,\n8,9,2\n"
+    # a row without any value is left out
+    assert results.csv_text(edges, {"b": columns["b"]}) == "step,b\n8,2\n"
+
+
+@pytest.mark.parametrize(
+    ("steps", "edges"),
+    [
+        ([3], [1, 2, 3]),  # fewer steps than rows
+        ([2, 10], [2, 5, 7, 10]),  # no multiple of four
+        ([0], [0]),  # a run that logs before its first step only
+        ([10, 2], [2, 5, 7, 10]),  # the last line is not the last step
+    ],
+)
+def test_edges(steps, edges, monkeypatch):
+    monkeypatch.setattr(results, "ROWS", 4)
+    found, columns = results.curves({"a": (np.array(steps), np.ones(len(steps)))}, ["a"])
+    assert found.tolist() == edges
+    assert np.nansum(columns["a"]) == len(steps)
+
+
+def test_metrics_with_a_last_line_cut_short(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,key,value\n1,a,2\n1,b,-1e-3\n2,a,4\n3,a,12")
+    series = results.read_metrics(tmp_path / "metrics.csv")
+    assert {k: (s.tolist(), v.tolist()) for k, (s, v) in series.items()} == {
+        "a": ([1, 2], [2.0, 4.0]),
+        "b": ([1], [-0.001]),
+    }
+
+
+def test_scores_by_hand():
+    values = np.arange(150.0)
+    curve = np.array([np.nan, 7.0, 5.0])
+    expected = {"last": 149.0, "last_100": 99.5, "best": 7.0, "count": 150}
+    assert results.scores(values, curve) == expected
+    assert results.scores(np.array([1.0, 4.0]), curve)["last_100"] == 2.5
+
+
+def test_table_on_the_union_of_steps(tmp_path):
+    (tmp_path / "1.csv").write_text("step,a,b\n10,1,\n20,2,9\n")
+    (tmp_path / "2.csv").write_text("step,a,b\n10,,8\n15,4,8\n20,5,8\n")
+    steps, runs = results.table([tmp_path / "1.csv", tmp_path / "2.csv"], "a")
+    assert steps.tolist() == [10, 15, 20]
+    np.testing.assert_array_equal(runs, [[1, np.nan, 2], [np.nan, 4, 5]])
+
+
+# ------------------------------------------------------------------------------- STORE
+
+
+def stored(folder, *names, text="step,a\n1,2\n"):
+    for name in names:
+        results.store(folder, "p", "smoke", {"job": name, "state": "done"}, text)
+    return folder / "p" / "smoke.jsonl"
+
+
+@pytest.mark.parametrize("damage", ["cut", "bytes", "no object", "csv", "no csv"])
+def test_damaged_results(damage, tmp_path, capsys):
+    path = stored(tmp_path, "r1", "r2", "r3")
+    lines = path.read_bytes().splitlines(keepends=True)
+    if damage == "cut":
+        path.write_bytes(lines[0] + lines[1][:20] + b"\n" + lines[2])
+    elif damage == "bytes":
+        path.write_bytes(lines[0] + b"\xff\xfe\n" + lines[2])
+    elif damage == "no object":
+        path.write_bytes(lines[0] + b"[1]\n" + lines[2])
+    elif damage == "csv":
+        (tmp_path / "p" / "smoke" / "r2.csv").write_text("step,a\n1,3\n")
+    else:
+        (tmp_path / "p" / "smoke" / "r2.csv").unlink()
+    assert results.records(tmp_path, "p", "smoke").keys() == {"r1", "r3"}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "smoke.jsonl line 2" in line and "missing" in line
+    # the next result that is stored leaves out what cannot be read, in silence
+    stored(tmp_path, "r2")
+    assert results.records(tmp_path, "p", "smoke").keys() == {"r1", "r2", "r3"}
+    assert capsys.readouterr().err == ""
+
+
+def test_line_cut_at_the_end_of_the_file(tmp_path, capsys):
+    path = stored(tmp_path, "r1", "r2")
+    path.write_bytes(path.read_bytes()[:-30])
+    assert results.records(tmp_path, "p", "smoke").keys() == {"r1"}
+    assert "line 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("room_for", [0, 1])
+def test_disk_that_fills_keeps_the_old_curve_and_the_old_record(room_for, tmp_path, monkeypatch):
+    stored(tmp_path, "r1")
+    before, written = digests(tmp_path), []
+
+    def fsync(_):
+        written.append(1)
+        if len(written) > room_for:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match=r"r1\.csv|smoke\.jsonl") as full:
+        stored(tmp_path, "r1", text="step,a\n1,3\n")
+    assert full.value.errno == 28
+    assert digests(tmp_path) == before
+
+
+# ------------------------------------------------------------------------------- ONE RUN
+
+
+def fake_job(tmp_path, *flags, seed=1, processes=1, metrics=("score",)):
+    (tmp_path / "fake.py").write_text(SCRIPT)
+    return jobs.Job(
+        paper="fake",
+        scale="smoke",
+        run="new",
+        env="",
+        seed=seed,
+        script=str(tmp_path / "fake.py"),
+        flags=(*flags, "--seed", str(seed)),
+        metrics=metrics,
+        run_dir=tmp_path / "run",
+        results=tmp_path / "results",
+        processes=processes,
+    )
+
+
+def test_record_of_a_run(tmp_path):
+    job = fake_job(tmp_path)
+    assert jobs.run_job(job) == "done"
+    record = job.stored()[job.name]
+    scores = {"last": 110.0, "last_100": 105.5, "best": 110.0, "count": 10.0}
+    expected = {"state": "done", "exit_code": 0, "steps": 1000, "scores": {"score": scores}}
+    expected |= {"commit": "abc1234", "dirty": True, "attempts": 1, "seed": 1, "job": job.name}
+    assert {key: record[key] for key in expected} == expected
+    assert record["versions"]["torch"] == "2.0" and record["versions"]["mujoco"] is None
+    assert record["command"] == shlex.join(job.command()) and record["wall_seconds"] > 0
+    assert record["machine"]["cores"] >= 1
+    text = (tmp_path / "results" / "fake" / "smoke" / f"{job.name}.csv").read_text()
+    assert text.splitlines()[:2] == ["step,score", "100,101"] and len(text.splitlines()) == 11
+    assert jobs.run_job(job) == "done"
+    assert len((tmp_path / "run" / "starts").read_text().split()) == 1, "it was run twice"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--end", "silent"], "args.json"),
+        (["--end", "header"], "no score"),
+        (["--key", "other"], "no score"),
+        (["--end", "nan"], "score in metrics.csv is not finite"),
+    ],
+)
+def test_exit_code_0_without_metrics_is_a_failure(flags, words, tmp_path):
+    job = fake_job(tmp_path, *flags)
+    assert jobs.run_job(job) == "failed"
+    record = job.stored()[job.name]
+    assert record["error"].startswith("exit code 0, but ") and words in record["error"]
+    assert record["log"] == [f"$ {shlex.join(job.command())}", "starting at 0"]
+    assert not list((tmp_path / "results").rglob("*.csv"))
+
+
+def test_metric_that_the_paper_asks_for_later(tmp_path):
+    """The run is there, so only its files are read again."""
+    job = fake_job(tmp_path)
+    assert jobs.run_job(job) == "done"
+    more = fake_job(tmp_path, metrics=("score", "losses/loss"))
+    assert not more.finished(more.stored())
+    assert jobs.run_job(more) == "failed"
+    assert "no losses/loss" in more.stored()[job.name]["error"]
+    assert jobs.run_job(job) == "done"
+
+
+def test_run_directory_that_cannot_be_made(tmp_path):
+    job = fake_job(tmp_path)
+    (tmp_path / "run").write_text("precious")
+    with pytest.raises(jobs.UserError, match=re.escape(str(tmp_path / "run"))):
+        jobs.run_job(job)
+    assert (tmp_path / "run").read_text() == "precious"
+
+
+# ------------------------------------------------------------------------------- MANY RUNS
+
+
+def test_run_and_run_again(project):
+    fake = project()
+    out, _ = fake.run("run", "fake", "--scale", "smoke", "--dry-run")
+    assert [line.split()[0] for line in out.splitlines()] == ["missing", "missing"]
+    assert not (fake.root / "runs").exists() and not list(fake.results.iterdir())
+
+    out, err = fake.run("run", "fake", "--scale", "smoke")
+    assert "2 runs, 0 of them done" in out and out.splitlines()[-1] == "2 done" and not err
+    assert fake.records().keys() == {"new__builtin__1", "new__builtin__2"}
+    names = {path.name for path in fake.results.rglob("*") if path.is_file()}
+    assert {name for name in names if not name.startswith(".")} == {
+        "smoke.jsonl",
+        "new__builtin__1.csv",
+        "new__builtin__2.csv",
+    }
+
+    before = digests(fake.results)
+    out, _ = fake.run("run", "fake", "--scale", "smoke")
+    assert "2 runs, 2 of them done" in out and digests(fake.results) == before
+    out, _ = fake.run("run", "fake", "--scale", "smoke", "--dry-run", "--seeds", 3)
+    assert [line.split()[0] for line in out.splitlines()] == ["done", "done", "missing"]
+    assert len(fake.starts(1)) == 1
+
+    # other flags are another run, and the results of the old ones do not count
+    fake.write_paper("--bonus 5")
+    out, _ = fake.run("run", "fake", "--scale", "smoke", "--seeds", 1)
+    assert "1 runs, 0 of them done" in out and len(fake.starts(1)) == 2
+    assert fake.records()["new__builtin__1"]["scores"]["score"]["last"] == 115
+    out, _ = fake.run("run", "fake", "--scale", "smoke", "--dry-run")
+    assert [line.split()[0] for line in out.splitlines()] == ["done", "missing"]
+
+
+def test_run_killed_half_way(project, tmp_path):
+    fake = project(f"--wait {tmp_path / 'go'}")
+    words = ["run", "fake", "--scale", "smoke", "--seeds", "1"]
+    with fake.start(*words) as command:
+        fake.wait_for_step(5)
+        os.kill(fake.starts()[0], signal.SIGKILL)
+        code, out, err = command.finish()
+    assert code == 1 and not err
+    record = fake.records()["new__builtin__1"]
+    assert (record["state"], record["error"]) == ("failed", "killed by SIGKILL")
+    assert record["log"][-1] == "starting at 0" and record["attempts"] == 1
+    assert "failed    new__builtin__1: killed by SIGKILL" in out
+    assert "    starting at 0" in out.splitlines()
+    assert f"    repeat it: {record['command']}" in out.splitlines(), "the command is in one piece"
+    first = record["wall_seconds"]
+    assert first > 0
+
+    (tmp_path / "go").touch()
+    fake.run(*words)
+    record = fake.records()["new__builtin__1"]
+    assert (record["state"], record["attempts"]) == ("done", 2)
+    spans = json.loads((fake.run_dir() / "attempts.json").read_text())
+    assert spans[0]["seconds"] == first and spans[0]["started"] == record["started"]
+    assert record["wall_seconds"] == round(first + spans[1]["seconds"], 1) > first
+    assert fake.steps() == list(range(100, 1100, 100)), "it did not go on from its checkpoint"
+    assert "starting at 5" in (fake.run_dir() / "log.txt").read_text().splitlines()
+
+
+def test_command_that_a_failed_run_prints(project, tmp_path):
+    """As it stands, from the root of the project."""
+    fake = project("--fail-seed 1")
+    out, _ = fake.run("run", "fake", "--scale", "smoke", "--seeds", 1, code=1)
+    command = re.search(r"repeat it: python (.*)", out)[1]
+    again = subprocess.run(
+        [sys.executable, *shlex.split(command)], cwd=fake.root, capture_output=True, text=True
+    )
+    assert again.returncode == 1 and "starting at 5" in again.stdout
+
+
+def test_failed_run_among_others(project):
+    fake = project("--fail-seed 2")
+    words = ["run", "fake", "--scale", "smoke", "--seeds", "3", "--workers", "1"]
+    out, err = fake.run(*words, code=1)
+    states = {name: record["state"] for name, record in fake.records().items()}
+    assert list(states.values()) == ["done", "failed", "done"] and not err
+    record = fake.records()["new__builtin__2"]
+    assert record["error"] == "exit code 1" and record["exit_code"] == 1
+    # the reason, with brackets and more than 80 columns, as it was
+    assert f"    {record['log'][-1]}" in out.splitlines()
+    assert "[/red] the reason, in many words, in" in record["log"][-1]
+    assert f"    repeat it: {record['command']}" in out.splitlines()
+    assert out.splitlines()[-1] == "2 done, 1 failed"
+
+
+def test_launcher_killed_while_the_script_lives_on(project, tmp_path):
+    fake = project(f"--wait {tmp_path / 'go'}")
+    words = ["run", "fake", "--scale", "smoke", "--seeds", "1"]
+    with fake.start(*words) as command:
+        fake.wait_for_step(5)
+        command.process.kill()
+        command.finish()
+    (pid,) = fake.starts()
+    assert running(pid, fake.root) and not fake.records()
+    out, _ = fake.run(*words)
+    assert "elsewhere new__builtin__1" in out and "in the hands of another command" in out
+    table, _ = fake.run("status", "fake", "--scale", "smoke", "--workers", 1)
+    assert states_of(table) == {"running": 1, "missing": 1}
+    assert fake.starts() == [pid] and running(pid, fake.root)
+
+    (tmp_path / "go").touch()
+    wait_until(lambda: not running(pid, fake.root))
+    assert not fake.records(), "nobody was there to store it"
+    fake.run(*words)
+    assert fake.records()["new__builtin__1"]["state"] == "done"
+    assert fake.steps() == list(range(100, 1100, 100)), "the second start found all of it done"
+
+
+def states_of(table):
+    """{state: count} of the row of the run "new" in what `status` prints."""
+    lines = table.splitlines()
+    (head,) = [line for line in lines if line.startswith("run ")]
+    (row,) = [line for line in lines if line.startswith("new ")]
+    titles = [
+        (m.start(), m.end(), m[0])
+        for m in re.finditer(r"done|running|failed|cut off|missing", head)
+    ]
+    found = {name: row[start : max(end, start + 4)].strip() for start, end, name in titles}
+    return {name: int(text) for name, text in found.items() if text}
+
+
+@pytest.mark.parametrize(
+    ("number", "processes"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)]
+)
+def test_signal_to_the_launcher(number, processes, project, tmp_path):
+    fake = project(f"--wait {tmp_path / 'go'}", processes)
+    words = ["run", "fake", "--scale", "smoke", "--workers", "1"]
+    with fake.start(*words) as command:
+        fake.wait_for_step(5)
+        os.killpg(command.process.pid, number)  # a terminal signals the whole group
+        code, out, err = command.finish()
+    assert code == 1 and not err
+    assert "stopping" in out and "stopped   new__builtin__1" in out
+    assert out.splitlines()[-1] == "1 stopped, 1 waiting"
+    assert not fake.records() and not fake.starts(2), "a run that did not start has no record"
+    assert not any(running(pid, fake.root) for pid in fake.starts())
+    assert "stopped" in (fake.run_dir() / "log.txt").read_text().splitlines()
+    table, _ = fake.run("status", "fake", "--scale", "smoke")
+    assert states_of(table) == {"cut off": 1, "missing": 1}
+
+    (tmp_path / "go").touch()
+    fake.run(*words)
+    record = fake.records()["new__builtin__1"]
+    assert (record["state"], record["attempts"]) == ("done", 2)
+    assert fake.steps() == list(range(100, 1100, 100))
+
+
+def test_second_signal_does_not_wait(project, tmp_path):
+    fake = project(f"--deaf --wait {tmp_path / 'go'}")
+    with fake.start("run", "fake", "--scale", "smoke", "--seeds", "1") as command:
+        fake.wait_for_step(5)
+        command.process.send_signal(signal.SIGINT)
+        line = ""
+        while "stopping" not in line:
+            line = command.process.stdout.readline()
+            assert line, "the command ended"
+        command.process.send_signal(signal.SIGINT)
+        code, _, _ = command.finish()
+    assert code == 1 and not fake.records()
+    assert not any(running(pid, fake.root) for pid in fake.starts())
+
+
+def test_damaged_results_through_the_command(project):
+    fake = project()
+    words = ["run", "fake", "--scale", "smoke", "--seeds", "3"]
+    fake.run(*words)
+    whole = fake.records()
+    path = fake.results / "fake" / "smoke.jsonl"
+    path.write_bytes(path.read_bytes()[:-40])  # the line of seed 3
+    curve = fake.results / "fake" / "smoke" / "new__builtin__1.csv"
+    curve.write_text(curve.read_text().replace("101", "901"))
+    out, err = fake.run(*words)
+    assert "3 runs, 1 of them done" in out
+    lines = err.splitlines()
+    assert len(lines) == 2 and "line 1" in lines[0] and "line 3" in lines[1], "each once"
+    assert all(str(Path("fake") / "smoke.jsonl") in line for line in lines)
+    healed = fake.records()
+    assert healed.keys() == whole.keys() and "901" not in curve.read_text()
+    assert healed["new__builtin__2"] == whole["new__builtin__2"]
+    assert all(healed[name]["scores"] == whole[name]["scores"] for name in whole)
+    out, err = fake.run(*words)
+    assert "3 of them done" in out and not err
+
+
+def test_two_commands_at_once(project, tmp_path):
+    """The loser of the first run takes the second; with workers of its own each goes on."""
+    fake = project(f"--wait {tmp_path / 'go'}")
+    words = ["run", "fake", "--scale", "smoke", "--seeds", "4", "--workers", "1"]
+    with fake.start(*words) as one, fake.start(*words) as two:
+        fake.wait_for_step(5, seed=1)
+        fake.wait_for_step(5, seed=2)
+        (tmp_path / "go").touch()
+        ended = [one.finish(), two.finish()]
+    assert [(code, err) for code, _, err in ended] == [(0, ""), (0, "")]
+    assert [len(fake.starts(seed)) for seed in range(1, 5)] == [1, 1, 1, 1]
+    found = fake.records()
+    assert [found[f"new__builtin__{seed}"]["state"] for seed in range(1, 5)] == ["done"] * 4
+    assert len((fake.results / "fake" / "smoke.jsonl").read_text().splitlines()) == 4
+    loser = next(out for _, out, _ in ended if "elsewhere new__builtin__1" in out)
+    assert "in the hands of another command" in loser
+
+
+def test_full_disk_of_the_results(project, tmp_path):
+    fake = project()
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        words = ["run", "fake", "--scale", "smoke", "--results", disk]
+        fake.run(*words, "--seeds", 1)
+        before = digests(disk)
+        with pytest.raises(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(4096))
+        out, err = fake.run(*words, code=1)
+        (line,) = [line for line in out.splitlines() if "No space left" in line]
+        assert line.startswith("not stored new__builtin__2: ") and str(disk) in line
+        assert str(fake.run_dir(2).relative_to(fake.root)) in line and "goes on" in line
+        assert out.splitlines()[-1] == "1 not stored" and not err
+        (disk / "filler").unlink()
+        assert {k: v for k, v in digests(disk).items() if ".lock" not in k} == {
+            k: v for k, v in before.items() if ".lock" not in k
+        }
+        fake.run(*words)
+        found = results.records(disk, "fake", "smoke")
+        assert [record["state"] for record in found.values()] == ["done", "done"]
+        assert fake.steps(2) == list(range(100, 1100, 100)), "the run was kept"
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_submitit_gives_the_same_results(project):
+    fake = project("--fail-seed 3")
+    words = ["run", "fake", "--scale", "smoke", "--launcher", "local", "--seeds", "3"]
+    out, _ = fake.run(*words, code=1)
+    assert out.splitlines()[-1] == "2 done, 1 failed"
+    record = fake.records()["new__builtin__3"]
+    assert f"    repeat it: {record['command']}" in out.splitlines()
+    mine, curves = fake.records(), digests(fake.results)
+    shutil.rmtree(fake.results)
+    shutil.rmtree(fake.root / "runs")
+    fake.run(*words[:4], "--seeds", 3, code=1)
+    same = ("state", "command", "scores", "sha256", "error", "log")
+    for name, record in fake.records().items():
+        assert [record.get(key) for key in same] == [mine[name].get(key) for key in same]
+    assert {k: v for k, v in digests(fake.results).items() if k.endswith(".csv")} == {
+        k: v for k, v in curves.items() if k.endswith(".csv")
+    }
+
+
+# ------------------------------------------------------------------------------- BAD INPUT
+
+
+def test_bad_input(project):
+    fake = project()
+    (fake.root / "file").write_text("precious")
+    refused = {
+        "run papper": "there is no paper 'papper'; there is: fake",
+        "run fake --scale paper": "fake has no scale 'paper'; it has smoke, laptop",
+        "run fake --only lower": "there is no claim 'lower'; there is: high",
+        "run fake --seeds 0": "--seeds 0: at least 1",
+        "run fake --workers 0": "--workers 0: at least 1",
+        "run fake --results file": "--results file: File exists",
+        "status papper": "there is no paper 'papper'",
+        "status --workers 0": "--workers 0: at least 1",
+        "report --docs file": "file",
+        "compare algos/fake.py algos/fakir.py": "there is no script algos/fakir.py",
+        "compare algos/fake.py algos/fake.py --workers 0": "--workers 0: at least 1",
+    }
+    for words, expected in refused.items():
+        if words == "run fake --results file":
+            with fake.start(*words.split()) as command:  # says how many runs there are first
+                code, _, err = command.finish()
+            assert code == 1 and err == f"error: {expected}\n"
+        else:
+            assert expected in fake.refuse(*words.split()), words
+    assert not (fake.root / "runs").exists()
+    assert (fake.root / "file").read_text() == "precious"
+    # what cannot be parsed at all is tyro's to tell
+    out, err = fake.run("run", "fake", "--scale", "huge", code=2)
+    assert "huge" in out + err and "laptop" in out + err
+    out, _ = fake.run("rum", code=2)
+    assert out.startswith("usage: ")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("seeds = 3", "seed = 3", "scales laptop seeds: missing"),
+        ("low = 100.0", 'low = "100"', "low"),
+        ('source = "page 1"', "", "source: missing"),
+        ('metric = "score"', 'metric = "scores"', "does not keep the metric 'scores'"),
+        ("[[claims]]", "[[claims]", "at line 24"),
+    ],
+)
+def test_mistake_in_a_paper(old, new, words, project):
+    fake = project()
+    fake.write_paper(old=old, new=new)
+    line = fake.refuse("run", "fake", "--scale", "smoke")
+    assert line.startswith("error: benchmark/papers/fake.toml: ") and words in line
+    assert not (fake.root / "runs").exists()
+
+
+# ------------------------------------------------------------------------------- VERDICTS
+
+
+def claimed(low, **more):
+    about = {"title": "t", "authors": "a", "year": 2026, "link": "l"}
+    runs = [
+        {"name": name, "script": "ppo", "envs": ["E"], "laptop": "", "paper": "", "metrics": ["m"]}
+        for name in ("new", "old")
+    ]
+    number = {"id": "n", "method": "x", "env": "E", "metric": "m", "value": 10.0, "source": "s"}
+    claim = {"id": "c", "statement": "s", "source": "s", "run": "new", "metric": "m", "low": low}
+    return Paper(
+        paper=about,
+        scales={"laptop": {"seeds": 3, "about": ""}, "paper": {"seeds": 3, "about": ""}},
+        runs=runs,
+        numbers=[number | {"read_in": "paper"}],
+        claims=[claim | more],
+    )
+
+
+def evidence(paper, scale, new=(), old=(), failed=(), stale=()):
+    """Runs with these scores; a failed seed of "new"; seeds whose records are of other flags."""
+    planned, records = [], {}
+    for name, scores in (("new", new), ("old", old)):
+        for seed in range(1, 6):
+            job = run.job("p", scale, paper.run(name), "E", seed, [], Path("results"))
+            planned.append(job)
+            record = {"state": "done", "command": shlex.join(job.command()), "steps": 1000}
+            if seed in failed and name == "new":
+                record["state"] = "failed"
+            elif seed <= len(scores):
+                kept = dict.fromkeys(("last", "last_100", "best"), scores[seed - 1])
+                record["scores"] = {"m": kept}
+            else:
+                continue
+            if seed in stale:
+                record["command"] += " --other"
+            records[job.name] = record
+    return {scale: report.Evidence("p", paper, scale, records, planned, Path("results"))}
+
+
+def judged(paper, *found):
+    order = {scale: one for each in found for scale, one in each.items()}
+    made = report.judge(paper.claims[0], order)
+    i = made.interval
+    return made.verdict, made.scale, made.runs, made.reason, i and (i.value, i.low, i.high)
+
+
+def test_verdicts_by_hand():
+    paper = claimed(10.0)
+
+    def one(*scores):
+        return judged(paper, evidence(paper, "paper", scores))
+
+    assert one(12.0, 12.0, 12.0) == ("reproduced", "paper", "3", "", (12, 12, 12))
+    assert one(8.0, 8.0, 8.0)[0] == "not reproduced"
+    # a quarter of three runs, rounded down, is none: the IQM is their mean, 10
+    assert one(8.0, 10.0, 12.0) == ("inconclusive", "paper", "3", "", (10, 8, 12))
+    # of four it leaves the least and the largest out
+    assert one(0.0, 10.0, 12.0, 99.0)[2:4] == ("4", "")
+    assert one(0.0, 10.0, 12.0, 99.0)[4][0] == 11
+
+    versus = claimed(1.5, effect="ratio", baseline="old")
+    found = judged(versus, evidence(versus, "paper", [6.0] * 3, [2.0, 2.0, 2.0, 2.0]))
+    assert found == ("reproduced", "paper", "3 to 4 x 2", "", (3, 3, 3))
+    versus = claimed(5.0, effect="difference", baseline="old")
+    found = judged(versus, evidence(versus, "paper", [6.0] * 3, [2.0] * 3))
+    assert found == ("not reproduced", "paper", "3 x 2", "", (4, 4, 4))
+    published = claimed(0.8, effect="ratio", numbers=["n"], statistic="mean")
+    found = judged(published, evidence(published, "paper", [7.0, 9.0, 11.0]))
+    assert found[0] == "inconclusive" and found[4] == (0.9, 0.7, 1.1)
+
+
+def test_verdict_needs_all_runs():
+    paper = claimed(10.0)
+    complete, good = evidence(paper, "laptop", [12.0] * 3), "reproduced"
+    assert judged(paper, evidence(paper, "paper")) == ("not run", "", "", "", None)
+    found = judged(paper, evidence(paper, "paper", [12.0] * 2))
+    assert found == ("not run", "", "", "paper: 2 of 3 runs so far", None)
+    # the largest scale that is complete
+    assert judged(paper, evidence(paper, "paper", [12.0] * 2), complete)[:2] == (good, "laptop")
+    assert judged(paper, evidence(paper, "paper", [12.0] * 3), complete)[:2] == (good, "paper")
+    # of two sides: more seeds of one do not stand for those of the other
+    versus = claimed(1.5, effect="ratio", baseline="old")
+    found = judged(versus, evidence(versus, "paper", [6.0] * 5, [2.0]))
+    assert found == ("not run", "", "", "paper: 4 of 6 runs so far", None)
+
+
+def test_failed_runs_and_verdicts():
+    paper = claimed(10.0)
+    found = judged(paper, evidence(paper, "paper", [12.0] * 3, failed=[2]))
+    assert found == ("inconclusive", "paper", "2", "1 of 3 runs failed", None)
+    # a failure says nothing while other runs are missing, and is not concealed either
+    found = judged(paper, evidence(paper, "paper", [12.0], failed=[2]))
+    assert found == ("not run", "", "", "paper: 1 of 3 runs so far, 1 failed", None)
+    # neither a result nor a failure of other flags counts
+    found = judged(paper, evidence(paper, "paper", [12.0] * 5, failed=[4], stale=[4]))
+    assert found[:3] == ("reproduced", "paper", "4")
+    found = judged(paper, evidence(paper, "paper", [12.0] * 3, stale=[1]))
+    assert found[0] == "not run"
+
+
+def test_effects_that_cannot_be_had():
+    versus = claimed(1.5, effect="ratio", baseline="old")
+    found = judged(versus, evidence(versus, "paper", [6.0] * 3, [-2.0] * 3))
+    assert found[0] == "inconclusive" and "positive" in found[3]
+    late = claimed(1.5, score="at_step", step=5000)
+    found = judged(late, evidence(late, "paper", [6.0] * 3))
+    assert found[0] == "not run" and "end at step 1,000, before 5,000" in found[3]
+
+
+# ------------------------------------------------------------------------------- PAGES
+
+
+def test_pages_of_a_small_paper(project, tmp_path):
+    fake = project()
+    fake.run("run", "fake", "--scale", "smoke", "--seeds", 1)
+    fake.run("run", "fake", "--scale", "laptop")
+    out, _ = fake.run("report")
+    assert "docs/benchmark/scoreboard.md" in out.split()
+    docs = fake.root / "docs" / "benchmark"
+    board, page = (docs / "scoreboard.md").read_text(), (docs / "fake.md").read_text()
+    # last values 111, 211 and 311: mean 211, and 27 equal resamples, of which one is all 111
+    assert "1 reproduced, 0 not reproduced, 0 inconclusive, 0 not run." in board
+    row = next(line for line in board.splitlines() if "New scores above 100" in line)
+    for words in (">reproduced<", "211.0 [111.0, 311.0]", "at least 100", "3, laptop"):
+        assert words in row
+    assert ">reproduced<" in page and "score, mean: 211.0 [111.0, 311.0]" in page
+    assert "211.0 +- 81.65" in page and "abc1234-dirty (3)" in page
+    assert "scale smoke" not in page
+    assert sorted(path.name for path in (docs / "images").iterdir()) == [
+        "fake-claims.png",
+        "fake-laptop-curves-fake.png",
+    ]
+    for path in (docs / "images").iterdir():
+        assert path.name in page and min(Image.open(path).size) > 50
+    fake.run("report", "--check")
+    out, _ = fake.run("report")
+    assert not out, "a second report has nothing to write"
+
+    # everything that --check must see
+    for path in [docs / "scoreboard.md", docs / "images" / "fake-claims.png"]:
+        content = path.read_bytes()
+        path.write_bytes(content[:50] + b"\xff" + content[51:])
+        assert path.name in fake.refuse("report", "--check")
+        path.unlink()
+        assert path.name in fake.refuse("report", "--check")
+        path.write_bytes(content)
+    (docs / "images" / "old.png").touch()
+    assert "old.png" in fake.refuse("report", "--check")
+    (docs / "images" / "old.png").unlink()
+    fake.run("report", "--check")
+    curve = fake.results / "fake" / "laptop" / "new__builtin__2.csv"
+    curve.write_bytes(curve.read_bytes()[:-2] + b"9\n")
+    _, err = fake.run("report", "--check", code=1)
+    damaged, refused = err.splitlines()
+    assert "laptop.jsonl line 2" in damaged and "fake.md" in refused and "scoreboard.md" in refused
+    fake.run("report")
+    assert "(laptop: 2 of 3 runs so far)" in (docs / "fake.md").read_text()
+    # results of other flags are not shown as those of today's
+    fake.write_paper("--bonus 7")
+    fake.run("report")
+    assert "Results at scale" not in (docs / "fake.md").read_text()
+
+
+def test_committed_pages_match_results():
+    texts, images = report.build(results.RESULTS, report.ORDER[:2])
+    stale = [path for path, text in texts.items() if report.read(report.DOCS / path) != text]
+    stale += [p for p, image in images.items() if not report.shows(report.DOCS / p, image)]
+    assert not stale, "python -m benchmark report writes them"
+
+
+# ------------------------------------------------------------------------------- REAL SCRIPTS
+
+
+@pytest.fixture
+def copy_of_folio(tmp_path):
+    """All of it, with run directories and results of its own."""
+    root = tmp_path / "folio"
+    for name in ("algos", "benchmark", "envs", "rlhf"):
+        copy_folder(name, root)
+    return root
+
+
+def real(root, *words, code=0):
+    with Command(root, *words) as command:
+        ended, out, err = command.finish(timeout=900)
+    assert ended == code, out + err
+    return out, err
+
+
+def test_from_runs_to_pages(copy_of_folio, tmp_path):
+    root, to = copy_of_folio, tmp_path / "results"
+    docs = tmp_path / "docs"
+    real(root, "run", "ppo", "--scale", "smoke", "--seeds", 1, "--results", to)
+    found = results.records(to, "ppo", "smoke")
+    assert len(found) == 6 and all(record["state"] == "done" for record in found.values())
+    assert all(record["scores"]["charts/episodic_return"]["count"] > 0 for record in found.values())
+    real(root, "report", "--smoke", "--results", to, "--docs", docs)
+    page = (docs / "benchmark" / "ppo.md").read_text()
+    pictures = re.findall(r"\]\(images/(.*?)\)", page)
+    assert pictures == ["ppo-smoke-curves-ppo.png", "ppo-smoke-curves-ppo_continuous_action.png"]
+    for name in pictures:
+        assert min(Image.open(docs / "benchmark" / "images" / name).size) > 100
+    for record in found.values():
+        assert f"| {record['env']} | 1 | " in page
+    # one seed is no verdict
+    claims = (docs / "benchmark" / "scoreboard.md").read_text()
+    assert "0 reproduced, 0 not reproduced, 0 inconclusive, " in claims
+    assert re.search(r"not run.*\(smoke: 1 of 3 runs so far\)", claims)
+    assert (docs / "diffs" / "ppo_continuous_action.md").exists()
+    check = ["report", "--check", "--smoke", "--results", to, "--docs", docs]
+    real(root, *check)
+    curve = to / "ppo" / "smoke" / "classic_control__CartPole-v1__1.csv"
+    curve.write_text(curve.read_text().replace("1", "2", 1))
+    _, err = real(root, *check, code=1)
+    assert "smoke.jsonl line" in err and "benchmark/ppo.md" in err and "Traceback" not in err
+
+
+def test_compare_a_script_with_itself(copy_of_folio, tmp_path):
+    root, out = copy_of_folio, tmp_path / "out"
+    words = ["compare", "algos/ppo.py", "algos/ppo.py", "--seeds", 2, "--env-id", "CartPole-v1"]
+    words += ["--args=--total-timesteps 1024 --eval-episodes 1", "--out", out]
+    text, _ = real(root, *words)
+    table = (out / "compare.md").read_text()
+    assert table in text
+    row = next(line for line in table.splitlines() if line.startswith("| CartPole-v1 |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:2] == ["CartPole-v1", "2 + 2"]
+    found = results.records(tmp_path, "out", "runs")
+    scores = [
+        [
+            found[f"{side}__CartPole-v1__{seed}"]["scores"]["charts/episodic_return"]["last_100"]
+            for seed in (1, 2)
+        ]
+        for side in "AB"
+    ]
+    assert scores[0] == scores[1], "same seeds, same runs"
+    # of two runs, two of four resamples are one of them twice: the interval is their range
+    low, high = sorted(scores[0])
+    for cell in cells[2:4]:
+        assert numbers_in(cell) == pytest.approx([(low + high) / 2, low, high], rel=1e-3)
+    assert numbers_in(cells[4])[0] == 0.5
+    seconds = [
+        sum(found[f"{side}__CartPole-v1__{seed}"]["wall_seconds"] for seed in (1, 2)) / 2048
+        for side in "AB"
+    ]
+    expected = [seconds[1] / seconds[0], seconds[1] * 1e6, seconds[0] * 1e6]
+    assert numbers_in(cells[5]) == pytest.approx(expected, rel=0.01)
+    assert min(Image.open(out / "compare.png").size) > 100
+
+    # again: nothing runs; a script that was changed since does
+    text, _ = real(root, *words)
+    assert "4 runs, 4 of them done" in text and (out / "compare.md").read_text() == table
+    (root / "algos" / "ppo.py").write_text('raise SystemExit("changed")\n')
+    text, _ = real(root, *words, code=1)
+    assert "4 runs, 0 of them done" in text
+
+
+def numbers_in(cell):
+    return [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", cell)]
