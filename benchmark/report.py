@@ -276,7 +276,8 @@ def page(name: str, found: dict[str, Evidence], claims: list[Judged], pictures: 
     for scale, evidence in found.items():
         if any(record["state"] == "done" for record in evidence.records.values()):
             lines += ["", f"## Results at scale {scale}", ""]
-            lines += [f"{cell(paper.scales[scale].about)}. {machines(evidence)}", ""]
+            about_scale = cell(paper.scales[scale].about)
+            lines += [f"{about_scale[0].upper()}{about_scale[1:]}. {machines(evidence)}", ""]
             here = [p for p in pictures if p[0].startswith(f"{name}-{scale}-curves")]
             lines += [f"![{text}](images/{file})" for file, text in here]
             lines += table(evidence)
