@@ -53,8 +53,8 @@ gpu-check: .venv/installed
 
 bench: .venv/installed
 	for paper in $(notdir $(basename $(wildcard benchmark/papers/*.toml))); do \
-	  $(BIN)/python -m benchmark run $$paper --scale laptop || exit 1; done
-	$(BIN)/python -m benchmark report
+	  $(BIN)/python -m benchmark run $$paper --scale laptop || failed=1; done; \
+	  $(BIN)/python -m benchmark report && test -z "$$failed"
 
 .venv-peers/installed: benchmark/peers/requirements.txt
 	$(PY) -m venv .venv-peers

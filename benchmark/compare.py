@@ -52,7 +52,7 @@ def compare(
         metric: key of metrics.csv to compare; larger is better
         score: the last value, the mean of the last 100 values, or the best of the curve
         processes: of each run, started by torchrun if more than one
-        out: folder of the results; runs/compare/A__B if not given
+        out: folder of the results; below runs/compare/ if not given
     """
     for path in (a, b):
         if not path.is_file():
@@ -60,7 +60,9 @@ def compare(
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: at least 1")
     labels = ("A", "B") if a.stem == b.stem else (a.stem, b.stem)
-    out = (out or jobs.ROOT / "runs" / "compare" / f"{a.stem}__{b.stem}").resolve()
+    asked = hashlib.sha256(json.dumps([args, args_a, args_b]).encode()).hexdigest()[:6]
+    out = out or jobs.ROOT / "runs" / "compare" / f"{a.stem}__{b.stem}__{asked}"
+    out = out.resolve()
     sides = dict(zip(labels, ((a, args_a), (b, args_b)), strict=True))
     planned = {}
     for seed in range(1, seeds + 1):

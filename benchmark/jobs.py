@@ -7,6 +7,7 @@ processes that hold it, however they end.
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -77,6 +78,15 @@ class Job:
         whole = record["state"] == "done" and record["scores"].keys() >= set(self.metrics)
         return whole and record["command"] == shlex.join(self.command())
 
+    def digest(self) -> str:
+        """Of the script, as it is now."""
+        return hashlib.sha256((ROOT / self.script).read_bytes()).hexdigest()[:16]
+
+    def changed(self, stored: dict[str, dict]) -> bool:
+        """Whether `stored` holds this run, made with another version of the script."""
+        record = stored.get(self.name, {"state": "missing"})
+        return record["state"] == "done" and record["script_sha256"] != self.digest()
+
     def failed(self, stored: dict[str, dict]) -> bool:
         """Whether it failed with these flags; other flags are another run."""
         record = stored.get(self.name, {"state": "missing"})
@@ -88,13 +98,13 @@ def relative(path: Path) -> str:
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
-def locked(lock) -> bool:
-    """Whether another process holds the lock of this open file; if not, this one does now."""
+def try_lock(lock) -> bool:
+    """Take the lock of this open file, for as long as it is open; False: another process has it."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
-    return False
+        return False
+    return True
 
 
 class Attempts:
@@ -136,8 +146,10 @@ def run_job(
     except OSError as error:
         raise UserError(f"{job.run_dir}: {error.strerror}") from error
     with lock:
-        if locked(lock) and (time.sleep(0.5) or locked(lock)):  # `status` holds it for a moment
-            return "elsewhere"
+        if not try_lock(lock):
+            time.sleep(0.5)  # `status` holds it for a moment
+            if not try_lock(lock):
+                return "elsewhere"
         if job.finished(job.stored()):  # by another command, since this one looked
             return "done"
         try:
@@ -180,6 +192,9 @@ def run_locked(job: Job, lock: int, started: Callable, stopping: Callable[[], bo
     if code in (130, 143, -signal.SIGINT, -signal.SIGTERM) or (code and stopping()):
         return "stopped"
     record, text = harvest(job, code, attempts.list)
+    old = job.stored().get(job.name, {})
+    before = old.get("failed_before", 0) + (job.failed({job.name: old}) if old else 0)
+    record |= {"failed_before": before} if before else {}
     results.store(job.results, job.paper, job.scale, record, text)
     return record["state"]
 
@@ -199,13 +214,14 @@ def harvest(job: Job, code: int, attempts: list[dict]) -> tuple[dict, str | None
         "started": attempts[0]["started"],
         "processes": job.processes,
         "threads": 1,
+        "script_sha256": job.digest(),
         "machine": machine(),
     }
     flaw = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     try:
         told = json.loads((job.run_dir / "args.json").read_text())
         record["commit"] = told["commit"].removesuffix("-dirty")
-        record["dirty"] = told["commit"].endswith("-dirty")
+        record["dirty"] = told["commit"].endswith("-dirty") and code_is_dirty()
         names = ("torch", "numpy", "gymnasium", "mujoco", "transformers")
         record["versions"] = {name: told["packages"].get(name) for name in names}
         series = results.read_metrics(job.run_dir / "metrics.csv")
@@ -228,6 +244,14 @@ def harvest(job: Job, code: int, attempts: list[dict]) -> tuple[dict, str | None
         for key in job.metrics
     }
     return record | {"state": "done"}, results.csv_text(edges, table)
+
+
+def code_is_dirty() -> bool:
+    """Whether what a run executes differs from the commit; results, which runs change, do not."""
+    paths = ("algos", "envs", "rlhf", "requirements.txt")
+    git = ["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "--", *paths]
+    found = subprocess.run(git, capture_output=True, text=True)
+    return found.returncode != 0 or bool(found.stdout)
 
 
 def cores() -> int:

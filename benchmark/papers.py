@@ -113,9 +113,9 @@ class Claim(Table):
     envs: list[str] = []
     """environments of the run; default: all"""
     metric: str
-    score: Literal["last", "last_100", "best", "at_step"] = "last"
-    """of a run: the last value, the mean of the last 100 values, the largest value of the stored
-    curve, or the value of the stored curve at `step`"""
+    score: Literal["last", "last_100", "mean", "best", "at_step"] = "last"
+    """of a run: the last value, the mean of the last 100 values, or of the stored curve its mean,
+    its largest value, or its value at `step`"""
     step: int | None = None
     effect: Literal["score", "difference", "ratio"] = "score"
     """the score itself, or compared with `baseline` or `numbers`"""

@@ -50,10 +50,12 @@ class Evidence:
         return [job for job in self.jobs_of(run, env) if job.failed(self.records)]
 
     def score(self, job: jobs.Job, metric: str, score: str, step: int | None = None) -> float:
-        if score != "at_step":
+        if score not in ("mean", "at_step"):
             return self.records[job.name]["scores"][metric][score]
         path = self.folder / self.name / self.scale / f"{job.name}.csv"
         steps, values = results.read_curve(path, metric)
+        if score == "mean":
+            return float(values.mean())
         return float(values[np.abs(steps - step).argmin()])
 
     def scores(self, run: str, env: str, metric: str, score: str, step=None) -> np.ndarray:
@@ -77,8 +79,8 @@ def gather(name: str, folder: Path, scales: tuple[str, ...]) -> dict[str, Eviden
     for scale in scales:
         if scale in paper.scales:
             stored = results.records(folder, name, scale)
-            seeds = max([paper.scales[scale].seeds, *(r["seed"] for r in stored.values())])
-            planned = plan(name, scale, seeds, folder=folder)
+            # the seeds of the scale, no others: none can be added until a verdict turns
+            planned = plan(name, scale, folder=folder)
             current = [job for job in planned if job.finished(stored) or job.failed(stored)]
             today = {job.name: stored[job.name] for job in current}
             found[scale] = Evidence(name, paper, scale, today, planned, folder)
@@ -98,20 +100,20 @@ def judge(claim: papers.Claim, found: dict[str, Evidence]) -> Judged:
         if not all(evidence.jobs_of(*group) for group in groups):
             continue  # not part of this scale
         if min(map(sum, zip(done, failed, strict=True))) < wanted:
-            so_far, bad = sum(min(count, wanted) for count in done), sum(failed)
-            if so_far or bad:
-                why = f"{scale}: {so_far} of {wanted * len(groups)} runs so far"
-                reasons.append(why + (f", {bad} failed" if bad else ""))
+            if any(done) or any(failed):
+                why = f"{scale}: {sum(done)} of {wanted * len(groups)} runs so far"
+                reasons.append(why + (f", {sum(failed)} failed" if any(failed) else ""))
             continue
         if any(failed):
             why = f"{sum(failed)} of {sum(done) + sum(failed)} runs failed"
             return Judged(claim, "inconclusive", scale, runs=str(sum(done)), reason=why)
         end = min(evidence.records[j.name]["steps"] for g in groups for j in evidence.done(*g))
-        if claim.step and end < 0.99 * claim.step:  # the last stretch that a CSV keeps
-            reasons.append(f"{scale}: runs end at step {end:,}, before {claim.step:,}")
+        published = [evidence.paper.number(n).steps or 0 for n in claim.numbers]
+        asked = max([claim.step or 0, *published])
+        if end < 0.99 * asked:  # a batch may not divide the steps, and a CSV has 100 stretches
+            reasons.append(f"{scale}: runs end at step {end:,}, before {asked:,}")
             continue
-        runs = f"{min(done)}" if min(done) == max(done) else f"{min(done)} to {max(done)}"
-        runs += f" x {len(groups)}" if len(groups) > 1 else ""
+        runs = f"{min(done)} x {len(groups)}" if len(groups) > 1 else f"{min(done)}"
         try:
             interval = effect(claim, evidence, envs)
         except ValueError as error:  # a ratio to a baseline whose mean is not positive
@@ -149,8 +151,8 @@ def number(value: float) -> str:
 
 def spread(values: np.ndarray) -> str:
     """Mean and standard deviation (ddof 0), the form of the published tables."""
-    if not len(values):
-        return ""
+    if len(values) < MIN_RUNS:
+        return number(values.mean()) if len(values) else ""
     return f"{number(values.mean())} +- {number(values.std())}"
 
 
@@ -161,11 +163,11 @@ def bounds(claim: papers.Claim) -> str:
 
 
 def kind(claim: papers.Claim) -> str:
-    words = {"ratio": "ours / published", "difference": "ours - published", "score": "score"}
+    words = {"ratio": "ours / published", "difference": "ours - published"}
     if claim.baseline:
         sign = "/" if claim.effect == "ratio" else "-"
         return f"{claim.run} {sign} {claim.baseline}"
-    return words[claim.effect]
+    return words.get(claim.effect, f"`{claim.metric}`")
 
 
 def cell(text: str) -> str:
@@ -254,8 +256,8 @@ def page(name: str, found: dict[str, Evidence], claims: list[Judged], pictures: 
     lines = [f"# Evidence: {about.title}", "", diff.MADE, ""]
     lines += [f"{about.authors}, {about.year}: {links}. {cell(about.note)}".strip(), ""]
     lines += [f"Files: `benchmark/papers/{name}.toml`, `benchmark/results/{name}/`.", ""]
-    lines += ["## Claims", ""]
-    lines += [f"![{text}](images/{file})" for file, text in pictures if "claims" in file]
+    lines += ["## Claims"]
+    lines += [f"\n![{text}](images/{file})" for file, text in pictures if "claims" in file]
     for judged in claims:
         claim = judged.claim
         value, interval = shown(judged)
@@ -298,12 +300,17 @@ def machines(evidence: Evidence) -> str:
     versions = Counter(", ".join(f"{k} {v}" for k, v in r["versions"].items() if v) for r in found)
     hours = sum(r["wall_seconds"] * r["processes"] for r in found) / 3600
     failed = sum(r["state"] == "failed" for r in evidence.records.values())
+    before = sum(r.get("failed_before", 0) for r in found)
+    changed = sum(job.changed(evidence.records) for job in evidence.planned)
     return (
         f"{len(found)} runs, {failed} failed; {hours:.1f} hours, added up over processes. "
         "Commits (runs): "
         + ", ".join(f"{c} ({n})" for c, n in sorted(commits.items()))
         + f". Machines: {'; '.join(sorted(cpus))}, one thread a process. "
         + f"Versions: {'; '.join(sorted(versions))}. "
+        + f"{before} starts had failed before. " * (before > 0)
+        + f"{changed} runs were made with another version of the script than today's. "
+        * (changed > 0)
         + f"File: `benchmark/results/{evidence.name}/{evidence.scale}.jsonl`."
     )
 
@@ -333,10 +340,12 @@ def table(evidence: Evidence) -> list[str]:
             values = evidence.scores(run.name, env, head, "last_100")
             i = stats.score_interval([values], "iqm")
             cells = [name, str(len(values)), spread(values)]
-            cells.append(f"{number(i.value)} [{number(i.low)}, {number(i.high)}]")
+            few = len(values) < MIN_RUNS
+            cells.append("" if few else f"{number(i.value)} [{number(i.low)}, {number(i.high)}]")
             cells += [spread(evidence.scores(run.name, env, head, s)) for s in ("last", "best")]
             target = targets.get((run.name, head, env))
-            cells.append(f"{value_of(target)}, {target.seeds} seeds" if target else "")
+            words = f"{value_of(target)}, {target.seeds} seeds, " if target else ""
+            cells.append(f"{words}{target.steps:,} steps" if target else "")
             lines.append(row(cells))
         lines += ["", "Last value of the other metrics:", "", *header(["", *names])]
         for metric in dict.fromkeys(m for run, _ in groups for m in run.metrics[1:]):

@@ -63,7 +63,7 @@ def job(paper, scale, run: papers.Run, env: str, seed: int, flags: list[str], fo
     flags = [*(["--env-id", env] if env else []), *flags, "--seed", str(seed)]
     # other flags are another run: its checkpoints would refuse them
     digest = hashlib.sha256(json.dumps([run.script, run.processes, flags]).encode()).hexdigest()
-    made = jobs.Job(
+    return jobs.Job(
         paper=paper,
         scale=scale,
         run=run.name,
@@ -76,7 +76,6 @@ def job(paper, scale, run: papers.Run, env: str, seed: int, flags: list[str], fo
         results=folder,
         processes=run.processes,
     )
-    return made
 
 
 def prepare(planned: list[jobs.Job], paper: papers.Paper) -> None:

@@ -13,7 +13,6 @@ sides alike, so sides alternate and only ratios are reported: median [minimum, m
 pairs.
 """
 
-import csv
 import functools
 import json
 import os
@@ -38,7 +37,6 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from benchmark import papers
 from rlhf import UserError
 from rlhf.logprobs import completion_logprobs
 from rlhf.sampler import generate
@@ -328,6 +326,9 @@ def ppo(
         python, words = sys.executable, [str(PEERS / "cleanrl.py"), str(theirs), "--no-cuda"]
     else:
         python, words = peers_python(), [str(PEERS / "sb3.py")]
+    # not in the environment of the peers
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     ours = ROOT / "algos" / "ppo_continuous_action.py"
     rates = {"ours": [], peer: []}
     for _ in range(pairs):
@@ -335,9 +336,10 @@ def ppo(
             folder = Path(name)
             flags = ["--run-dir", "run", "--eval-episodes", "1", *["--compile"] * compile]
             run_script([str(ours), *common, *flags], folder)
-            with (folder / "run" / "metrics.csv").open(newline="") as file:
-                table = [row for row in csv.DictReader(file) if row["key"] == "charts/SPS"]
-            rates["ours"].append(statistics.median(float(row["value"]) for row in table[2:]))
+            # by the clock of its log, as the peer's rate: from the second rollout to the last
+            events = EventAccumulator(str(folder / "run")).Reload().Scalars("charts/SPS")
+            elapsed = events[-1].wall_time - events[1].wall_time
+            rates["ours"].append(2048 * (len(events) - 2) / elapsed)
 
             out = run_script([*words, *common], folder, python)
             # it prints steps / seconds since the start after each rollout
@@ -366,9 +368,11 @@ def update(paper: str | None = None, updates: int = 10, threads: int = 1) -> Non
 
     Args:
         paper: Scripts of one file of benchmark/papers/; default: of all.
-        updates: Updates to measure after two for warm-up.
+        updates: Updates to time after two for warm-up; as many others are counted in between.
         threads: CPU threads of torch.
     """
+    from benchmark import papers  # not in the environment of the peers
+
     print(
         f"{'script':24s} {'GFLOP/update':>12s} {'ms/update':>10s}  {'GFLOP/s':>8s}  of the machine"
     )
@@ -389,13 +393,14 @@ def update(paper: str | None = None, updates: int = 10, threads: int = 1) -> Non
                 print(child.stderr[-2000:], file=sys.stderr)
                 raise UserError(f"{run.script} failed, see above")
             found = json.loads(child.stdout.splitlines()[-1])
-            rate = statistics.median(found["flops"] / s for s in found["seconds"])
+            flops = statistics.mean(found["flops"])  # of the updates between the timed ones
+            rate = flops / statistics.mean(found["seconds"])
             pairs = zip(found["seconds"], found["machine"], strict=True)
-            shares = [found["flops"] / s / machine for s, machine in pairs]
+            shares = [flops / s / machine for s, machine in pairs]
             low, middle, high = min(shares), statistics.median(shares), max(shares)
             print(
-                f"{run.script:24s} {found['flops'] / 1e9:12.2f} "
-                f"{statistics.median(found['seconds']) * 1e3:10.1f}  {rate / 1e9:8.1f}  "
+                f"{run.script:24s} {flops / 1e9:12.2f} "
+                f"{statistics.mean(found['seconds']) * 1e3:10.1f}  {rate / 1e9:8.1f}  "
                 f"{middle:.1%} [{low:.1%}, {high:.1%}] of "
                 f"{statistics.median(found['machine']) / 1e9:.0f} GFLOP/s"
             )

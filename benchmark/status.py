@@ -25,8 +25,8 @@ def state(job: jobs.Job, stored: dict[str, dict]) -> str:
         return "done"
     lock = job.run_dir / "lock"
     if lock.exists():
-        with lock.open() as file:
-            if jobs.locked(file):
+        with lock.open("r+") as file:  # to be locked on a network file system
+            if not jobs.try_lock(file):
                 return "running"
     if job.failed(stored):
         return "failed"
