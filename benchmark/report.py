@@ -347,16 +347,18 @@ def table(evidence: Evidence) -> list[str]:
             words = f"{value_of(target)}, {target.seeds} seeds, " if target else ""
             cells.append(f"{words}{target.steps:,} steps" if target else "")
             lines.append(row(cells))
-        lines += ["", "Last value of the other metrics:", "", *header(["", *names])]
-        for metric in dict.fromkeys(m for run, _ in groups for m in run.metrics[1:]):
-            if metric not in UNCOUNTED:
-                cells = [
-                    spread(evidence.scores(run.name, env, metric, "last"))
-                    if metric in run.metrics
-                    else ""
-                    for run, env in groups
-                ]
-                lines.append(row([f"`{metric}`", *cells]))
+        others = dict.fromkeys(m for run, _ in groups for m in run.metrics[1:])
+        rows = []
+        for metric in [metric for metric in others if metric not in UNCOUNTED]:
+            cells = [
+                spread(evidence.scores(run.name, env, metric, "last"))
+                if metric in run.metrics
+                else ""
+                for run, env in groups
+            ]
+            rows.append(row([f"`{metric}`", *cells]))
+        if rows:
+            lines += ["", "Last value of the other metrics:", "", *header(["", *names]), *rows]
         flags = {f"`{run.name}`: `{' '.join(run.flags(evidence.scale))}`" for run, _ in groups}
         lines += ["", f"Flags: {'; '.join(sorted(flags))}."]
     return lines

@@ -869,7 +869,7 @@ def test_pages_of_a_small_paper(project, tmp_path):
     row = next(line for line in board.splitlines() if "New scores above 100" in line)
     for words in (">reproduced<", "211.0 [111.0, 311.0]", "at least 100", "3, laptop"):
         assert words in row
-    assert ">reproduced<" in page and "score, mean: 211.0 [111.0, 311.0]" in page
+    assert ">reproduced<" in page and "`score`, mean: 211.0 [111.0, 311.0]" in page
     assert "211.0 +- 81.65" in page and "abc1234-dirty (3)" in page
     assert "scale smoke" not in page
     assert sorted(path.name for path in (docs / "images").iterdir()) == [
