@@ -153,7 +153,8 @@ def spread(values: np.ndarray) -> str:
     """Mean and standard deviation (ddof 0), the form of the published tables."""
     if len(values) < MIN_RUNS:
         return number(values.mean()) if len(values) else ""
-    return f"{number(values.mean())} +- {number(values.std())}"
+    std = values.std() if np.ptp(values) else 0.0  # of equal values: no rounding error
+    return f"{number(values.mean())} +- {number(std)}"
 
 
 def bounds(claim: papers.Claim) -> str:
