@@ -86,10 +86,7 @@ def compare(
                     results=out.parent,
                     processes=processes,
                 )
-    if workers is None:
-        workers = max(1, jobs.cores() // processes)
-    if workers < 1:
-        raise UserError(f"--workers {workers}: at least 1")
+    workers = jobs.at_a_time(workers, processes)
     console = Console(highlight=False)
     stored = results.records(out.parent, out.name, "runs")
     missing = [job for job in planned.values() if not job.finished(stored)]

@@ -246,6 +246,15 @@ def harvest(job: Job, code: int, attempts: list[dict]) -> tuple[dict, str | None
     return record | {"state": "done"}, results.csv_text(edges, table)
 
 
+def at_a_time(workers: int | None, processes: int = 1) -> int:
+    """--workers, checked; if not given, as many runs of `processes` each as there are cores."""
+    if workers is None:
+        return max(1, cores() // processes)
+    if workers < 1:
+        raise UserError(f"--workers {workers}: at least 1")
+    return workers
+
+
 def code_is_dirty() -> bool:
     """Whether what a run executes differs from the commit; results, which runs change, do not."""
     paths = ("algos", "envs", "rlhf", "requirements.txt")

@@ -70,10 +70,11 @@ class Picture:
 
     def is_at(self, path: Path) -> bool:
         """Whether `path` is a picture of this data."""
-        if not path.exists():
+        try:
+            with Image.open(path) as image:
+                return image.info.get(KEY) == self.digest()
+        except OSError:  # nothing is there, or no picture
             return False
-        with Image.open(path) as image:
-            return image.info.get(KEY) == self.digest()
 
 
 def plain(value: object) -> object:

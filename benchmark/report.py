@@ -506,7 +506,7 @@ def report(
     texts, images = build(results, ORDER if smoke else ORDER[:2])
     kept = {docs / path for path in [*texts, *images]}
     stale = [docs / path for path, text in texts.items() if read(docs / path) != text]
-    stale += [docs / path for path, image in images.items() if not shows(docs / path, image)]
+    stale += [docs / path for path, image in images.items() if not image.is_at(docs / path)]
     pages = [*(docs / "diffs").glob("*.md"), *(docs / "benchmark").glob("*.md")]
     gone = [path for path in pages if diff.MADE in read(path)]  # a page by hand stays
     gone += (docs / "benchmark" / "images").glob("*.png")
@@ -531,13 +531,6 @@ def report(
 
 def read(path: Path) -> str | None:
     return path.read_text(errors="replace") if path.exists() else None
-
-
-def shows(path: Path, image: plots.Picture) -> bool:
-    try:
-        return image.is_at(path)
-    except OSError:  # what is there is no picture
-        return False
 
 
 def main(flags: list[str]) -> None:

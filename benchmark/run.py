@@ -116,10 +116,7 @@ def run(
         results: folder of the results
     """
     planned = plan(paper, scale, seeds, only, results)
-    if workers is None:
-        workers = max(1, jobs.cores() // max(j.processes for j in planned))
-    if workers < 1:
-        raise UserError(f"--workers {workers}: at least 1")
+    workers = jobs.at_a_time(workers, max(job.processes for job in planned))
     stored = records(results, paper, scale)
     finished = [job.finished(stored) for job in planned]
     missing = [job for job, done in zip(planned, finished, strict=True) if not done]

@@ -15,7 +15,6 @@ from benchmark import jobs, papers, results
 from benchmark.papers import Scale
 from benchmark.results import records
 from benchmark.run import plan
-from rlhf import UserError
 
 STATES = ("done", "running", "failed", "cut off", "missing")
 
@@ -58,9 +57,7 @@ def status(
         workers: runs at a time, for the estimate; one for each core if not given
         results: folder of the results
     """
-    workers = jobs.cores() if workers is None else workers
-    if workers < 1:
-        raise UserError(f"--workers {workers}: at least 1")
+    workers = jobs.at_a_time(workers)
     console = Console(highlight=False)
     total, unknown = 0.0, 0
     for name in [paper] if paper else papers.names():

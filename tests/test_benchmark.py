@@ -910,7 +910,7 @@ def test_pages_of_a_small_paper(project, tmp_path):
 def test_committed_pages_match_results():
     texts, images = report.build(results.RESULTS, report.ORDER[:2])
     stale = [path for path, text in texts.items() if report.read(report.DOCS / path) != text]
-    stale += [p for p, image in images.items() if not report.shows(report.DOCS / p, image)]
+    stale += [p for p, image in images.items() if not image.is_at(report.DOCS / p)]
     assert not stale, "python -m benchmark report writes them"
 
 
