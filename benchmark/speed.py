@@ -5,6 +5,7 @@
     python -m benchmark speed scoring --model FOLDER --peer trl
     python -m benchmark speed ppo --peer cleanrl --cleanrl CHECKOUT
     python -m benchmark speed ppo --peer sb3
+    python -m benchmark speed grpo
     python -m benchmark speed update
 
 Peers from pip live in an environment of their own, since their pins are not ours: `make peers`
@@ -14,10 +15,14 @@ pairs.
 """
 
 import functools
+import inspect
+import itertools
 import json
 import os
+import random
 import re
 import statistics
+import string
 import subprocess
 import sys
 import tempfile
@@ -279,20 +284,33 @@ def scoring(
 # ----------------------------------------------------------------------------------- PPO
 
 
-def run_script(words: list[str], folder: Path, python: Path | str = sys.executable) -> str:
-    """Run a training script on one thread in `folder`; returns what it printed."""
-    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+# PITFALL: until its exec a child counts the memory of whoever started it as its own peak, so that
+# must be a small process.
+RUN = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:]).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code != 0)
+"""
+
+
+def run_script(
+    words: list[str], folder: Path, python: Path | str = sys.executable, threads: int = 1
+) -> tuple[str, int]:
+    """Run a training script in `folder`; returns what it printed, and its peak memory in bytes."""
+    limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     done = subprocess.run(
-        [str(python), *words],
+        [sys.executable, "-S", "-c", RUN, str(python), *words],
         cwd=folder,
-        env=os.environ | one_thread,
+        env=os.environ | limits | {"CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
     )
     if done.returncode:
         print(done.stderr[-3000:], file=sys.stderr)
         raise UserError(f"{' '.join(words)} failed, see above")
-    return done.stdout
+    printed, _, peak = done.stdout.rstrip().rpartition("\n")
+    return printed, int(peak) * (1 if sys.platform == "darwin" else 1024)
 
 
 def ppo(
@@ -341,7 +359,7 @@ def ppo(
             elapsed = events[-1].wall_time - events[1].wall_time
             rates["ours"].append(2048 * (len(events) - 2) / elapsed)
 
-            out = run_script([*words, *common], folder, python)
+            out, _ = run_script([*words, *common], folder, python)
             # it prints steps / seconds since the start after each rollout
             printed = [float(rate) for rate in re.findall(r"^SPS: ([\d.]+)$", out, re.M)]
             seconds_at = [2048 * (i + 1) / rate for i, rate in enumerate(printed)]
@@ -354,6 +372,173 @@ def ppo(
         f"ours / {peer} {spread(ratios)} over {pairs} pairs; steps/s ours {medians['ours']}, "
         f"{peer} {medians[peer]}"
     )
+
+
+# ---------------------------------------------------------------------------------- GRPO
+
+PARTS = ("generate", "reward", "score", "update")
+RESPONSES, GROUP, RESPONSE_LENGTH, PROMPT_LENGTH = 64, 8, 64, 9  # of a step; tokens at most
+WARM_UP_STEPS = 2
+
+
+def answer_share(prompts, completions, answer, **columns):
+    """A reward that random text earns now and then: the share of its characters in the answer."""
+    pairs = zip(completions, answer, strict=True)
+    return [sum(c in wanted for c in text) / max(len(text), 1) for text, wanted in pairs]
+
+
+def character_tokenizer():
+    """One token a character, as build_tokenizer of rlhf/tiny_lm.py has one a word; no BOS."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<pad>", "<eos>", "<unk>", *string.digits, *string.ascii_letters, *"+-="]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()  # without blanks between tokens
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def grpo_inputs(folder: Path, seed: int = 1) -> None:
+    """Write model/, prompts.jsonl and reward.py, which both sides read.
+
+    The weights are random, so that every token is about as likely as any other: with 68 of them a
+    response ends by EOS after 68 tokens on average or is cut at 64, and lengths are ragged.
+    """
+    torch.manual_seed(seed)
+    tokenizer = character_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=256,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rng, lines = random.Random(seed), []
+    for _ in range(512):
+        a, b, c = (rng.randint(1, 99) for _ in range(3))
+        lines.append(json.dumps({"prompt": f"{a}+{b}-{c}=", "answer": str(a + b - c)}))
+    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "reward.py").write_text(inspect.getsource(answer_share))
+
+
+def grpo_flags(steps: int, micro_batch: int) -> list[str]:
+    """What the peer has in benchmark/peers/trl_grpo.py, as flags of algos/grpo_fsdp.py."""
+    flags = {
+        "device": "cpu",
+        "total-episodes": RESPONSES * steps,
+        "batch-size": RESPONSES,
+        "group-size": GROUP,
+        "response-length": RESPONSE_LENGTH,
+        "micro-batch-tokens": micro_batch * (PROMPT_LENGTH + RESPONSE_LENGTH),
+        "kl-coef": 0.04,
+        "clip-coef": 0.2,
+        "update-epochs": 1,
+        "num-minibatches": 1,
+        "max-grad-norm": 1.0,
+        "temperature": 1.0,
+        "learning-rate": 1e-6,
+        "eval-prompts": 8,
+        "eval-samples": 1,
+        "run-dir": "run",
+    }
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+def per_token(steps: dict[str, list[float]]) -> dict[str, float]:
+    """Seconds of a completion token, and those of its parts, without the steps for warm-up."""
+    tokens = sum(steps["tokens"][WARM_UP_STEPS:])
+    return {name: sum(steps[name][WARM_UP_STEPS:]) / tokens for name in ("seconds", *PARTS)}
+
+
+def logged_steps(run_dir: Path) -> dict[str, list[float]]:
+    """Seconds, their parts and completion tokens of each update in the logs of algos/grpo_fsdp.py.
+
+    By the clock of the log, as logging is part of a step; the first one has no beginning there.
+    """
+    # not in the environment of the peers
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir)).Reload()
+    lengths = events.Scalars("charts/response_length")
+    times = [event.wall_time for event in lengths]
+    steps = {"seconds": [0.0, *(b - a for a, b in itertools.pairwise(times))]}
+    steps["tokens"] = [round(event.value * RESPONSES) for event in lengths]
+    for part in PARTS:
+        steps[part] = [event.value for event in events.Scalars(f"charts/seconds_{part}")]
+    return steps
+
+
+def grpo(
+    peer: Literal["trl"] = "trl",
+    pairs: int = 5,
+    steps: int = 8,
+    threads: int = 1,
+    micro_batch: int = 64,
+) -> None:
+    """Seconds of a completion token and peak memory of grpo_fsdp.py against TRL's GRPOTrainer.
+
+    A Llama of 6 layers and width 256 with random weights and one token a character, 8 prompts a
+    step, 8 responses of at most 64 tokens to each, one update on them. A step is all of it: sample,
+    score, update and log; the first two of each run are warm-up. Memory is that of the process.
+
+    Args:
+        peer: GRPOTrainer of TRL (`make peers`).
+        pairs: Alternating runs of each side.
+        steps: Steps of a run.
+        threads: CPU threads of torch.
+        micro_batch: Responses in one forward and backward pass, on both sides.
+    """
+    if steps < WARM_UP_STEPS + 2:
+        raise UserError(f"--steps {steps}: at least {WARM_UP_STEPS + 2}, as two are warm-up")
+    if micro_batch < 1 or RESPONSES % micro_batch:
+        raise UserError(f"--micro-batch {micro_batch}: want a divisor of {RESPONSES}")
+    python, inputs = peers_python(), ["--model", "model", "--data", "prompts.jsonl"]
+    inputs += ["--reward", "reward.py:answer_share"]
+    ours = [str(ROOT / "algos" / "grpo_fsdp.py"), *inputs, *grpo_flags(steps, micro_batch)]
+    theirs = [str(PEERS / "trl_grpo.py"), *inputs, "--steps", str(steps)]
+    theirs += ["--threads", str(threads), "--micro-batch", str(micro_batch)]
+    transformers_logging.disable_progress_bar()  # of writing the model
+    costs, peaks, lengths = ({"ours": [], peer: []} for _ in range(3))
+    for _ in range(pairs):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            grpo_inputs(folder)
+            _, peak = run_script(ours, folder, threads=threads)
+            runs = {"ours": logged_steps(folder / "run") | {"memory": peak}}
+            out, peak = run_script(theirs, folder, python, threads)
+            runs[peer] = json.loads(out.splitlines()[-1]) | {"memory": peak}
+        for side, run in runs.items():
+            costs[side].append(per_token(run))
+            peaks[side].append(run["memory"])
+            lengths[side] += run["tokens"][WARM_UP_STEPS:]
+        rates = {side: 1 / found[-1]["seconds"] for side, found in costs.items()}
+        print("  ".join(f"{side} {rate:.0f} tokens/s" for side, rate in rates.items()), flush=True)
+
+    ratios = [b["seconds"] / a["seconds"] for a, b in zip(*costs.values(), strict=True)]
+    memory = [b / a for a, b in zip(*peaks.values(), strict=True)]
+    print(
+        f"{peer} / ours: time of a completion token {spread(ratios)}, peak memory {spread(memory)} "
+        f"over {pairs} pairs; Llama 6 x 256, {threads} threads, {micro_batch} rows a micro-batch"
+    )
+    for side, found in costs.items():
+        rate = statistics.median(1 / cost["seconds"] for cost in found)
+        parts = [f"{part} {1e6 * statistics.median(c[part] for c in found):.0f}" for part in PARTS]
+        print(
+            f"{side:5s} {rate:.0f} tokens/s, {statistics.mean(lengths[side]):.0f} tokens a step; "
+            f"microseconds a token: {', '.join(parts)}; peak {max(peaks[side]) / 2**20:.0f} MiB"
+        )
+    print(f"{peer} holds {runs[peer]['peak'] / 2**20:.0f} MiB of it above what loading left")
 
 
 # -------------------------------------------------------------------------------- UPDATE
@@ -408,7 +593,7 @@ def update(paper: str | None = None, updates: int = 10, threads: int = 1) -> Non
 
 def main(flags: list[str]) -> None:
     tyro.extras.subcommand_cli_from_dict(
-        {"sampler": sampler, "scoring": scoring, "ppo": ppo, "update": update},
+        {"sampler": sampler, "scoring": scoring, "ppo": ppo, "grpo": grpo, "update": update},
         prog="python -m benchmark speed",
         args=flags,
     )

@@ -5,6 +5,7 @@ response, M rows of a micro-batch.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,36 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlhf.sampler import Completions
+
+
+class Response(NamedTuple):
+    """A completion in plain types, to be sent between processes."""
+
+    tokens: list[int]
+    """with the token that ended it"""
+    logprobs: list[float]
+    stopped: bool
+    text: str
+    """without that token"""
+
+
+def split(completions: Completions, texts: list[str]) -> list[Response]:
+    """One Response for each prompt; texts: of `response_texts`."""
+    columns = (completions.tokens, completions.logprobs, completions.lengths, completions.stopped)
+    rows = zip(*(column.tolist() for column in columns), texts, strict=True)
+    return [Response(tokens[:n], probs[:n], stop, text) for tokens, probs, n, stop, text in rows]
+
+
+def stack(responses: list[Response], device: torch.device) -> Completions:
+    """The reverse of `split`; behind its end a row holds 0."""
+    rows = [torch.tensor(r.tokens, device=device) for r in responses]
+    logprobs = [torch.tensor(r.logprobs, device=device) for r in responses]
+    return Completions(
+        tokens=pad_sequence(rows, batch_first=True),
+        lengths=torch.tensor([len(row) for row in rows], device=device),
+        logprobs=pad_sequence(logprobs, batch_first=True),
+        stopped=torch.tensor([r.stopped for r in responses], device=device),
+    )
 
 
 def response_batch(prompts: list[list[int]], completions: Completions, T: int) -> dict[str, Tensor]:

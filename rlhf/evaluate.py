@@ -11,6 +11,8 @@ without the KL beside it says little: D2's over-optimised seeds had a KL of 50 t
 """
 
 import json
+import math
+import re
 import shutil
 import statistics
 import sys
@@ -18,12 +20,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
 
 from rlhf import UserError
+from rlhf.batches import Response
 from rlhf.logprobs import completion_logprobs
 from rlhf.reward_model import load_reward_model, score_texts
 from rlhf.sampler import generate
@@ -201,6 +205,94 @@ def rollout_metrics(batch: dict[str, Tensor], scores: Tensor, rewards: Tensor) -
     return {f"charts/{name}": mean for name, mean in zip(columns, means.tolist(), strict=True)}
 
 
+def group_metrics(groups: Sequence, success: float, seconds: dict[str, float]) -> dict[str, float]:
+    """What the groups sampled for an update of GRPO say, for the log of a training script.
+
+    groups: lists of (record, Response, score), on every process the same. A response is right if
+    its score is `success` or more; a length is left out where there is no such response. seconds:
+    what the steps of the update took on this process.
+    """
+    scores = [[score for *_, score in group] for group in groups]
+    flat = [score for group in scores for score in group]
+    rows = [
+        (score >= success, len(r.tokens), r.stopped) for group in groups for _, r, score in group
+    ]
+    lengths = {
+        "right": [n for right, n, _ in rows if right],
+        "wrong": [n for right, n, stopped in rows if stopped and not right],
+        "cut_off": [n for right, n, stopped in rows if not (stopped or right)],
+    }
+    metrics = {
+        "score": statistics.fmean(flat),
+        "score_std": statistics.pstdev(flat),
+        "success_rate": statistics.fmean(right for right, _, _ in rows),
+        "degenerate_groups": statistics.fmean(len(set(group)) == 1 for group in scores),
+        "unsolved_groups": statistics.fmean(max(group) < success for group in scores),
+        "sampled_groups": len(groups),
+        "response_length": statistics.fmean(n for _, n, _ in rows),
+        "eos_rate": statistics.fmean(stopped for *_, stopped in rows),
+        "sampled_tokens": sum(n for _, n, _ in rows),
+        "tokens_per_second": sum(n for _, n, _ in rows) / sum(seconds.values()),
+    }
+    metrics |= {f"seconds_{name}": value for name, value in seconds.items()}
+    metrics |= {f"length_{name}": statistics.fmean(part) for name, part in lengths.items() if part}
+    return {f"charts/{name}": value for name, value in metrics.items()}
+
+
+def pass_at_k(right: int, samples: int, k: int) -> float:
+    """Chance that at least one of k responses is right, unbiased, from `samples` of them.
+
+    1 - C(samples - right, k) / C(samples, k): Chen et al., 2021, arXiv 2107.03374, eq. (1).
+    """
+    return 1 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of a mean: BCa bootstrap; a point where all values are equal."""
+    from scipy.stats import bootstrap
+
+    if len(set(values)) == 1:
+        return values[0], values[0]
+    found = bootstrap((values,), np.mean, n_resamples=2000, rng=0)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def summarize_passes(
+    responses: Sequence[Response],
+    scores: Sequence[Sequence[float]],
+    samples: int,
+    success: float,
+    baseline: dict[str, float] | None = None,
+) -> dict[str, float]:
+    """pass@k of k = 1, 4, 16 ... and `samples`, from as many responses to each prompt in a row.
+
+    scores: of the responses, and where there are two lists, also those of a lenient judge. The
+    95 % intervals (_low, _high) are over prompts, as responses to one prompt are not independent.
+    baseline: of an earlier call; its pass rates stand beside the new ones.
+    """
+    metrics = {}
+    ks = sorted({4**i for i in range(10) if 4**i < samples} | {samples})
+    for name, judged in zip(("pass", "lenient_pass"), scores, strict=False):
+        right = [s >= success for s in judged]
+        counts = [sum(right[i : i + samples]) for i in range(0, len(right), samples)]
+        for k in ks:
+            values = [pass_at_k(count, samples, k) for count in counts]
+            metrics[f"eval/{name}@{k}"] = statistics.fmean(values)
+            if k in (1, samples):
+                low, high = mean_interval(values)
+                metrics |= {f"eval/{name}@{k}_low": low, f"eval/{name}@{k}_high": high}
+    lengths = [len(response.tokens) for response in responses]
+    wrong = [n for n, score in zip(lengths, scores[0], strict=True) if score < success]
+    metrics["eval/score"] = statistics.fmean(scores[0])
+    metrics["eval/length"] = statistics.fmean(lengths)
+    metrics |= {"eval/length_wrong": statistics.fmean(wrong)} if wrong else {}
+    metrics["eval/eos_rate"] = statistics.fmean(float(response.stopped) for response in responses)
+    for name, value in (baseline or {}).items():
+        if re.fullmatch(r"eval/(lenient_)?pass@\d+", name):
+            metrics[name.replace("eval/", "eval/baseline_")] = value
+    return metrics
+
+
 def metrics_table(metrics: dict[str, float]) -> str:
     """Metrics as a Markdown table."""
     rows = [f"| {name.removeprefix('eval/')} | {value:.3f} |" for name, value in metrics.items()]
@@ -237,11 +329,14 @@ def plot_training(run_dir: Path) -> Path:
         series.setdefault(key, ([], []))
         series[key][0].append(int(step))
         series[key][1].append(float(value))
+    passes = sorted(k for k in series if re.fullmatch(r"eval/pass@\d+", k))
     panels = {
         "reward": {"charts/score": "reward", "charts/gold": "gold reward"},
+        "held-out prompts": {key: key.removeprefix("eval/") for key in passes},
         "KL to the SFT model": {"charts/kl": "KL"},
         "tokens of a response": {"charts/response_length": "length"},
     }
+    panels = {title: lines for title, lines in panels.items() if lines.keys() & series.keys()}
     figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.4), layout="constrained")
     for axis, (title, lines) in zip(axes, panels.items(), strict=True):
         for key, label in lines.items():

@@ -203,6 +203,23 @@ def score_texts(
     return score_rows(model, rows, batch_size, device)
 
 
+def reward_function(model: nn.Module, tokenizer, device: torch.device):
+    """The model as a reward function (see rlhf/tasks.py); it may be sharded.
+
+    It is marked as collective: with a sharded model all processes must call it together, with
+    equally many completions, and none may be stopped by a time limit.
+    """
+
+    def reward(prompts, completions):
+        scores = score_texts(model, tokenizer, prompts, completions, device=device)
+        if hasattr(model, "reshard"):
+            model.reshard()
+        return scores.tolist()
+
+    reward.collective = True
+    return reward
+
+
 def normalize(model: nn.Module, rows: Sequence[list[int]], batch_size: int = 32) -> None:
     """Set score_mean and score_std: these rows, samples of the SFT model, get mean 0 and std 1."""
     model.config.score_mean, model.config.score_std = 0.0, 1.0

@@ -13,6 +13,8 @@ Sources: papers/ppo_rlhf.md section 7 (small worlds with a hand-written gold rew
 (PAD is never EOS: "N+ implementation details", arXiv 2403.17031).
 """
 
+import contextlib
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -21,8 +23,11 @@ import json
 import math
 import random
 import re
+import signal
 import string
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,6 +48,8 @@ class Task:
 
     `reward` is what training sees; None means that scores come from a reward model. `gold` is the
     truth behind the reward where it is known; nothing may train on it, evaluation reports it.
+    `lenient` is a laxer judge than `reward`, for reports: learning the form of an answer looks like
+    learning to reason, unless somebody counts the right answers in the wrong form too.
     """
 
     name: str
@@ -50,6 +57,7 @@ class Task:
     test: list[dict]
     reward: RewardFunction | None
     gold: RewardFunction | None
+    lenient: RewardFunction | None = None
 
 
 # === STORIES: GRAMMAR ============================================================================
@@ -454,8 +462,10 @@ def completion_text(value: str | list[dict]) -> str:
     return value if isinstance(value, str) else str(value[-1]["content"])
 
 
-def load_prompts(tokenizer, args, config) -> Task:
+def load_prompts(tokenizer, args, config, task: Task | None = None) -> Task:
     """The task that a training script's flags describe; each record also has its token "ids".
+
+    A given `task` takes the place of what --data names; --reward replaces its reward too.
 
     args has the fields data (see `load_records`; None: the built-in stories), data_split,
     eval_split, eval_prompts, prompt_field, prompt_template, reward (see `load_reward`),
@@ -465,12 +475,13 @@ def load_prompts(tokenizer, args, config) -> Task:
     """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     longest = min(args.max_prompt_tokens, positions - args.response_length)
-    if args.data is None:
+    if task is None and args.data is None:
         task = load_task("stories", args.response_length)
-        train, test, gold = task.train, task.test, task.gold
+    if task is not None:
+        train, test = task.train, task.test
     else:
         options = {"prompt_field": args.prompt_field, "prompt_template": args.prompt_template}
-        train, gold = load_records(args.data, args.data_split, **options), None
+        train = load_records(args.data, args.data_split, **options)
         if Path(args.data).is_file():
             held_out = min(args.eval_prompts, len(train) // 2)
             if held_out == 0:
@@ -478,6 +489,7 @@ def load_prompts(tokenizer, args, config) -> Task:
             train, test = train[:-held_out], train[-held_out:]
         else:
             test = load_records(args.data, args.eval_split, limit=args.eval_prompts, **options)
+        task = Task(args.data, train, test, reward=None, gold=None)
     kept = []
     for records in (train, test[: args.eval_prompts]):
         records = [record | {"ids": prompt_ids(tokenizer, record["prompt"])} for record in records]
@@ -488,8 +500,8 @@ def load_prompts(tokenizer, args, config) -> Task:
             left_out = len(records) - len(short)
             print(f"{left_out} of {len(records)} prompts left out, too long", file=sys.stderr)
         kept.append(short)
-    reward = load_reward(args.reward) if args.reward else None
-    return Task(args.data or "stories", *kept, reward=reward, gold=gold)
+    reward = load_reward(args.reward) if args.reward else task.reward
+    return dataclasses.replace(task, train=kept[0], test=kept[1], reward=reward)
 
 
 # === REWARDS =====================================================================================
@@ -537,14 +549,67 @@ def load_reward(spec: str) -> RewardFunction:
     return function
 
 
+class OutOfTime(BaseException):
+    """A time limit has passed.
+
+    PITFALL: no Exception, as a reward that catches all of those around its parser, to give 0 for
+    what does not parse, would catch this one too, and take the next completion.
+    """
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float | None):
+    """Raise OutOfTime in the block after so many seconds; None: never.
+
+    By SIGALRM, so without effect outside the main thread and on Windows; and Python handles
+    signals between its own steps, so a call that never leaves C code is not ended either.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if seconds is None or not main or not hasattr(signal, "SIGALRM"):
+        yield
+        return
+    late = False
+
+    def ring(signum, frame):
+        nonlocal late
+        late = True
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, ring)
+    started = time.monotonic()
+    # It rings again every second: a bare `except:` may have swallowed the first one.
+    outer_delay, outer_interval = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        yield
+    finally:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        finally:  # should it ring in this very moment
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL if before is None else before)
+            if outer_delay:  # somebody else's alarm, which waited meanwhile
+                left = max(1e-3, outer_delay - (time.monotonic() - started))
+                signal.setitimer(signal.ITIMER_REAL, left, outer_interval)
+    if late:  # swallowed, and the block ended all the same
+        raise OutOfTime
+
+
 def score(
-    reward: RewardFunction, records: Sequence[dict], completions: Sequence[str]
+    reward: RewardFunction,
+    records: Sequence[dict],
+    completions: Sequence[str],
+    timeout: float | None = None,
 ) -> list[float]:
     """Call a reward function on completions of records and check what comes back: (N,) floats.
 
-    Columns that the function does not name are passed only if it takes **kwargs.
+    Columns that the function does not name are passed only if it takes **kwargs. `timeout` is in
+    seconds, for the whole call (see `time_limit`).
     """
-    prompts = [prompt_text(record["prompt"]) for record in records]
+    if timeout is not None and not 0 < timeout < math.inf:
+        raise UserError(f"a reward cannot have {timeout} seconds (--reward-timeout)")
+    prompts = [record["prompt"] for record in records]
+    if not getattr(reward, "collective", False):  # a reward model reads chats by its own template
+        prompts = [prompt_text(prompt) for prompt in prompts]
     reserved = {"prompt", "prompts", "completion", "completions", "ids"}
     names = dict.fromkeys(name for record in records for name in record if name not in reserved)
     parameters = inspect.signature(reward).parameters
@@ -559,7 +624,13 @@ def score(
             f"reward {called} asks for column '{lacking[0]}', which the records do not have"
         )
     try:
-        values = reward(prompts=prompts, completions=list(completions), **columns)
+        with time_limit(timeout):
+            values = reward(prompts=prompts, completions=list(completions), **columns)
+    except OutOfTime as error:
+        raise UserError(
+            f"reward {called} took longer than {timeout:g} seconds for {len(completions)} "
+            "completions (--reward-timeout)"
+        ) from error
     except Exception as error:
         # The user's own line, even if it failed inside a library that it calls.
         frames = traceback.extract_tb(error.__traceback__)[1:] or traceback.extract_tb(
@@ -597,14 +668,18 @@ def score(
 
 
 def score_together(
-    reward: RewardFunction, records: Sequence[dict], completions: Sequence[str]
+    reward: RewardFunction,
+    records: Sequence[dict],
+    completions: Sequence[str],
+    timeout: float | None = None,
 ) -> list[float]:
     """`score` on every process for its own part; if it fails on one, all raise that one's error.
 
     Otherwise one process would end with a clear line, and the others with a lost connection.
     """
     try:
-        scores, error = score(reward, records, completions), None
+        limit = None if getattr(reward, "collective", False) else timeout
+        scores, error = score(reward, records, completions, limit), None
     except UserError as caught:
         scores, error = [], str(caught)
     if dist.is_initialized():

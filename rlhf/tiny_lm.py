@@ -21,9 +21,10 @@ import json
 import os
 import shutil
 import statistics
+import string
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,7 @@ from rlhf.tasks import (
     story_vocabulary,
     write_stories,
 )
+from rlhf.verifiable import demonstrations, settings, verifiable_task
 
 RECIPE_VERSION = 1  # raise it when the code below changes what is prepared
 # Adam remembers 20 steps of squared gradients instead of 1,000: a run has a few hundred in all.
@@ -142,28 +144,37 @@ def prepare(
 ) -> TinyLM:
     """SFT model and reward model for stories of `response_tokens` tokens, made once, then reused.
 
+    Safe when several processes call it at once, see `prepared`.
+    """
+    check_story_length(response_tokens)
+    name = f"tiny_lm-{response_tokens}-{recipe_hash(response_tokens, budget)}"
+    folder = prepared(name, lambda new: _make(new, response_tokens, budget, quiet), cache_dir)
+    return TinyLM(folder / "policy", folder / "reward_model")
+
+
+def prepared(name: str, make: Callable[[Path], None], cache_dir: str | Path | None = None) -> Path:
+    """The folder `name` of the cache; where it is missing, `make` fills a new one.
+
     Safe when several processes call it at once, as the ranks of torchrun do: one works, with all
     cores, and the others wait for it.
     """
     from filelock import FileLock
 
-    check_story_length(response_tokens)
     root = Path(cache_dir or os.environ.get("FOLIO_CACHE") or "~/.cache/folio").expanduser()
-    folder = root / f"tiny_lm-{response_tokens}-{recipe_hash(response_tokens, budget)}"
-    result = TinyLM(folder / "policy", folder / "reward_model")
+    folder = root / name
     if folder.is_dir():  # a folder gets this name when it is complete
-        return result
+        return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(root / f".{folder.name}.lock")
+        lock = FileLock(root / f".{name}.lock")
         with lock:
             if not folder.is_dir():
-                for left_over in root.glob(f".{folder.name}.*.tmp"):
+                for left_over in root.glob(f".{name}.*.tmp"):
                     shutil.rmtree(left_over)  # of a process that was killed: we hold the lock
-                temporary = root / f".{folder.name}.{os.getpid()}.tmp"
+                temporary = root / f".{name}.{os.getpid()}.tmp"
                 try:
                     with all_cores():
-                        _make(temporary, response_tokens, budget, quiet)
+                        make(temporary)
                     temporary.rename(folder)
                 finally:
                     shutil.rmtree(temporary, ignore_errors=True)
@@ -171,7 +182,7 @@ def prepare(
         raise UserError(
             f"cannot write the built-in model to {root} ({error}): set FOLIO_CACHE elsewhere"
         ) from error
-    return result
+    return folder
 
 
 def recipe_hash(response_tokens: int, budget: Budget) -> str:
@@ -267,6 +278,97 @@ def _make(folder: Path, response_tokens: int, budget: Budget, quiet: bool) -> No
             "(at most {accuracy_ceiling:.1%} possible); gold of SFT samples {gold_mean:.2f} +- "
             "{gold_std:.2f}; {seconds:.0f} s".format(**report)
         )
+
+
+# === WARM START ==================================================================================
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """How a model learns a verifiable task before RL; part of the folder's name.
+
+    Many of the demonstrations are wrong, so that the model knows more than it shows: it imitates
+    their errors, and its pass@1 is near 1 - slips where its skill suffices.
+    """
+
+    demonstrations: int = 12_000
+    """different problems; fewer where the task has fewer"""
+    epochs: float = 2.0
+    """passes over them"""
+    slips: float = 0.7
+    """share of wrong demonstrations"""
+    seed: int = 1
+    """of weights, problems and errors"""
+
+
+def character_tokenizer():
+    """One token a printable ASCII character; PAD, EOS and BOS are three more."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [c for c in string.printable if c.isprintable()]
+    ids = {word: i for i, word in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *letters])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", ids["<bos>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def warm_start(
+    task: str,
+    levels: tuple[int, int],
+    config: str = "{}",
+    cache_dir: str | Path | None = None,
+    quiet: bool = False,
+    budget: WarmStart = WarmStart(),
+) -> Path:
+    """Folder of a character-level Llama after SFT on noisy demonstrations of a verifiable task.
+
+    task, levels: as in rlhf.verifiable.verifiable_task; config: its config, as JSON.
+    """
+    options = settings(config)
+    recipe = [RECIPE_VERSION, task, levels, options, dataclasses.asdict(budget)]
+    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
+
+    def make(folder):
+        started = time.monotonic()
+        print(f"preparing the built-in model for {task}, once", flush=True, file=sys.stderr)
+        problems = verifiable_task(
+            task, levels=levels, config=options, train_size=budget.demonstrations
+        )
+        tokenizer = character_tokenizer()
+        texts = demonstrations(problems, problems.train, budget.seed, budget.slips)
+        model = build_model(tokenizer, budget.seed)
+        train_sft(
+            model,
+            encode(tokenizer, [r["prompt"] for r in problems.train], texts),
+            learning_rate=1.5e-3,
+            epochs=budget.epochs,
+            batch_size=64,
+            schedule="linear",
+            warmup=0.05,
+            betas=(0.9, 0.95),
+            progress=not quiet,
+        )
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        print(
+            f"SFT on {len(texts)} demonstrations: {time.monotonic() - started:.0f} s",
+            flush=True,
+            file=sys.stderr,
+        )
+
+    return prepared(f"warm_start-{task}-{digest}", make, cache_dir)
 
 
 def encode(tokenizer, prompts: Sequence[str], completions: Sequence[str]):

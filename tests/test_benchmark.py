@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmark import jobs, report, results, run
+from benchmark import jobs, report, results, run, speed
 from benchmark.papers import Paper
+from rlhf import UserError
 from tests.launch import ENVIRONMENT, ROOT, descendants, digests
 
 # A script as the harness sees one. It logs ten steps of 100 and keeps its step as a checkpoint;
@@ -912,6 +913,45 @@ def test_committed_pages_match_results():
     stale = [path for path, text in texts.items() if report.read(report.DOCS / path) != text]
     stale += [p for p, image in images.items() if not image.is_at(report.DOCS / p)]
     assert not stale, "python -m benchmark report writes them"
+
+
+# ------------------------------------------------------------------------------- SPEED
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("grpo --steps 3", "--steps 3: at least 4"),
+        ("grpo --micro-batch 0", "--micro-batch 0: want a divisor of 64"),
+        ("grpo --micro-batch 24", "--micro-batch 24: want a divisor of 64"),
+        ("grpo", "make peers"),
+    ],
+)
+def test_speed_grpo_refuses(words, reason, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "PEERS_PYTHON", tmp_path / "python")
+    with pytest.raises(UserError, match=reason):
+        speed.main(words.split())
+
+
+def test_prompts_and_reward_of_speed_grpo():
+    tokenizer = speed.character_tokenizer()
+    ids = tokenizer("12+45-7=")["input_ids"]
+    assert len(ids) == 8 and tokenizer.unk_token_id not in ids
+    assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == "12+45-7="
+    assert speed.answer_share(["", ""], ["a50b", ""], ["50", "1"], level=[1, 2]) == [0.5, 0.0]
+
+
+def test_cost_of_a_token_without_warm_up():
+    parts = {part: [9.0, 9.0, 1.0, 0.5] for part in speed.PARTS}
+    found = speed.per_token(parts | {"seconds": [9.0, 9.0, 3.0, 2.0], "tokens": [1, 1, 6, 4]})
+    assert found == {"seconds": 0.5} | dict.fromkeys(speed.PARTS, 0.15)
+
+
+def test_peak_memory_is_that_of_the_script_alone(tmp_path):
+    held = bytearray(2**28)  # this process must not count
+    held[:: 2**12] = b"1" * 2**16
+    printed, peak = speed.run_script(["-c", "print(len(b'1' * 2**27))"], tmp_path)
+    assert printed == str(2**27) and 2**27 < peak < len(held)
 
 
 # ------------------------------------------------------------------------------- REAL SCRIPTS

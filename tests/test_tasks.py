@@ -1,9 +1,14 @@
 """Tasks: the gold reward by hand, the story world, records, reward functions, token ids."""
 
+import contextlib
 import json
 import random
+import signal
 import statistics
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +19,7 @@ from rlhf.tasks import (
     answer_after_hashes,
     completion_ids,
     label_pairs,
+    load_prompts,
     load_records,
     load_reward,
     load_task,
@@ -22,6 +28,7 @@ from rlhf.tasks import (
     preference_probability,
     prompt_ids,
     score,
+    score_together,
     story_gold,
     story_prompts,
     story_terms,
@@ -340,6 +347,90 @@ def test_failing_reward_names_its_line(tmp_path):
     assert isinstance(caught.value.__cause__, json.JSONDecodeError)
 
 
+def sleeps(prompts, completions):
+    time.sleep(30)
+    return [0.0]
+
+
+def catches_exceptions(prompts, completions):
+    for _ in range(30):
+        with contextlib.suppress(Exception):
+            time.sleep(1)
+    return [0.0]
+
+
+def catches_everything(prompts, completions):
+    with contextlib.suppress(BaseException):
+        time.sleep(30)
+    return [0.0]
+
+
+def is_busy(prompts, completions):
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        pass
+    return [0.0]
+
+
+def raises_to_the_power(prompts, completions):
+    return [float(len(str(9**9**9)))]
+
+
+@pytest.mark.parametrize(
+    "reward", [sleeps, catches_exceptions, catches_everything, is_busy, raises_to_the_power]
+)
+@pytest.mark.parametrize("call", [score, score_together])
+def test_reward_out_of_time(reward, call):
+    handler, started = signal.getsignal(signal.SIGALRM), time.monotonic()
+    message = rf"{reward.__name__} took longer than 0.2 seconds .*\(--reward-timeout\)"
+    with pytest.raises(UserError, match=message) as caught:
+        call(reward, [{"prompt": "p"}], ["a"], timeout=0.2)
+    assert "\n" not in str(caught.value) and time.monotonic() - started < 3
+    assert signal.getsignal(signal.SIGALRM) is handler
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_alarms_of_others_ring_later():
+    rung = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rung.append(time.monotonic()))
+    started = time.monotonic()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.6)
+        with pytest.raises(UserError, match="took longer"):
+            score(sleeps, [{"prompt": "p"}], ["a"], timeout=0.2)
+        assert score(lambda prompts, completions: [1.0], [{"prompt": "p"}], ["a"], 5) == [1.0]
+        assert not rung and 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 0.4
+        time.sleep(0.7)
+        assert len(rung) == 1 and 0.55 < rung[0] - started < 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_time_limit_leaves_the_rest_alone():
+    records = [{"prompt": "p"}]
+
+    def fails(prompts, completions):
+        raise ValueError("no")
+
+    with pytest.raises(UserError, match=r"raised ValueError: no at .*test_tasks\.py:"):
+        score(fails, records, ["a"], timeout=5)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    for timeout in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="cannot have"):
+            score(fails, records, ["a"], timeout=timeout)
+    # A thread other than the main one gets no alarm, and no limit.
+    scores = []
+    slow = threading.Thread(
+        target=lambda: scores.extend(
+            score(lambda prompts, completions: time.sleep(0.2) or [1.0], records, ["a"], 0.1)
+        )
+    )
+    slow.start()
+    slow.join()
+    assert scores == [1.0]
+
+
 # === TOKEN IDS ===================================================================================
 
 
@@ -374,3 +465,24 @@ def test_pad_is_never_eos(pad, expected):
     assert pad_token_id(tokenizer) == expected
     tokenizer.eos_token_id = 0
     assert pad_token_id(tokenizer) not in (0, 200)
+
+
+def test_given_task_takes_the_place_of_data():
+    records = [{"prompt": "ab", "answer": "1"}, {"prompt": "abcdefgh", "answer": "2"}]
+    judges = [lambda prompts, completions: [0.0] * len(prompts) for _ in range(3)]
+    task = tasks.Task("own", records, records, *judges)
+    args = SimpleNamespace(
+        data="gone.jsonl", reward=None, max_prompt_tokens=5, response_length=2, eval_prompts=5
+    )
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=50))
+    loaded = load_prompts(LetterTokenizer(), args, config, task)
+    kept = [{"prompt": "ab", "answer": "1", "ids": [1, 97, 98]}]
+    assert loaded == tasks.Task("own", kept, kept, *judges)
+    assert "ids" not in records[0]
+    args.reward = "rlhf.tasks:answer_after_hashes"
+    assert load_prompts(LetterTokenizer(), args, config, task).reward is answer_after_hashes
+    args.data = args.reward = None
+    args.max_prompt_tokens, args.response_length = 100, 24
+    config.get_text_config = lambda: SimpleNamespace()
+    stories = load_prompts(LetterTokenizer(), args, config)
+    assert stories.name == "stories" and stories.gold is story_gold and stories.reward is None

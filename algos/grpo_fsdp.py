@@ -1,0 +1,799 @@
+"""Group relative policy optimization (GRPO) of a language model on verifiable tasks, with FSDP.
+
+Papers: DeepSeekMath (GRPO), Shao et al., 2024, arXiv 2402.03300. Options from DAPO, arXiv
+2503.14476, Dr. GRPO, arXiv 2503.20783, Lite PPO, arXiv 2508.08221, and truncated importance
+sampling (TIS), Yao et al., blog, 2025.
+Parent: algos/ppo_rlhf_fsdp.py
+The critic goes: G responses y_1 .. y_G to one prompt are each other's baseline, and the KL penalty
+moves from the reward into the loss. R_i is the score of y_i, the same for all its tokens t:
+
+    A_i = (R_i - mean R) / (std R + 1e-4)   mean and std, unbiased, over the group               (1)
+    l_it = -min(rho A_i, clip(rho, 1 - eps, 1 + eps_high) A_i) + beta k3                         (2)
+    rho = pi(y_it) / pi_old(y_it),   k3 = exp(x) - x - 1,   x = log(pi_ref(y_it) / pi(y_it))     (3)
+    L = 1/N sum_i 1/|y_i| sum_t l_it   sequence (GRPO);   sum_it l_it / sum_i |y_i|   token
+        (DAPO);   sum_it l_it / (N T)   constant (Dr. GRPO)                                      (4)
+    R_i <- R_i - clip((|y_i| - (T - c)) / c, 0, 1)   overlong penalty (DAPO)                     (5)
+    first part of l_it <- min(pi_old / pi_sampler, C) times it   (TIS)                           (6)
+
+Advantages are divided by the std of the group, by 1 (none, Dr. GRPO) or by that of all scores
+(batch, Lite PPO). N and sum_i are over the whole minibatch of all processes. With one update a
+rollout rho is 1 and the loss is beta k3 by construction: look at the score.
+
+Run:  torchrun --standalone --nproc_per_node 2 algos/grpo_fsdp.py
+      python algos/grpo_fsdp.py --task countdown --clip-coef-high 0.28 --loss-aggregation token
+
+Differs from the paper: scores of whole answers only; one outer iteration, so the reference stays;
+    built-in rewards are rules, not a model; eps, not given there, is PPO's 0.2.
+Differs from the authors' code: none known; it was not released.
+
+Shapes: B responses of this process, P groups of G responses of all processes, T tokens of the
+longest response, L columns of prompt and response, M rows of a micro-batch.
+"""
+
+import atexit
+import copy
+import errno
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import tyro
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from transformers import set_seed
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python algos/grpo_fsdp.py`
+
+from rlhf import UserError, report_user_error
+from rlhf.batches import Response, micro_batches, response_batch, response_texts, split, stack
+from rlhf.evaluate import group_metrics, report, summarize_passes
+from rlhf.logprobs import check_head, completion_logprobs
+from rlhf.lora import choose_trained, merged
+from rlhf.reward_model import load_reward_model, reward_function
+from rlhf.sampler import generate
+from rlhf.sft import load_causal_lm
+from rlhf.tasks import load_prompts, pad_token_id, score_together, stop_token_ids
+from rlhf.tiny_lm import warm_start
+from rlhf.verifiable import load_verifiable, next_level
+
+# ARGS ============================================================================================
+
+
+@dataclass
+class Args:
+    seed: int = 1
+    """seed of weights, actions, shuffles and environments"""
+    model: str | None = None
+    """causal language model, a Hugging Face name or folder; the built-in tiny one if not given"""
+    train: Literal["all", "blocks", "lora"] = "all"
+    """weights to train: all, all but embedding and LM head, or adapters of low rank (needs peft)"""
+    lora_rank: int = 16
+    """rank of the adapters of every linear layer, with --train lora; their alpha is twice that"""
+    task: str = "number_sorting"
+    """generated task, see rlhf/verifiable.py, if there is no --data"""
+    task_config: str = "{}"
+    """JSON object of settings of reasoning-gym that replace those of the task's levels"""
+    levels: tuple[int, int] = (2, 2)
+    """lowest and highest difficulty of the task's prompts, both included"""
+    curriculum: bool = False
+    """start at the lowest level; up at a success rate over 20 updates of 0.7, down at 0.1"""
+    few_shot: int = 0
+    """solved examples in front of each prompt of a task, for models without a chat template"""
+    data: str | None = None
+    """prompts: .jsonl file, folder or Hugging Face data set, in place of a task"""
+    data_split: str = "train"
+    """split of the data set to train on"""
+    eval_split: str = "test"
+    """split of the data set to evaluate on"""
+    prompt_field: str = "prompt"
+    """field of a record that holds the prompt"""
+    prompt_template: str | None = None
+    """text with {field} placeholders that makes a prompt of a record"""
+    reward: str | None = None
+    """module:function (or file.py:function) that scores instead of a reward model"""
+    reward_model: str | None = None
+    """sequence classification model with one output, a Hugging Face name or folder"""
+    reward_timeout: float = 60.0
+    """seconds that one call of the reward function may take"""
+    success_score: float = 1.0
+    """a response with this score or more is right: for pass@k, success rates and lengths"""
+    max_prompt_tokens: int = 512
+    """longer prompts are left out"""
+    response_length: int = 24
+    """tokens of a response at most, T; the paper: 1024"""
+    stop: str | None = None
+    """text of one token that ends a response as EOS does, for base models that never emit EOS"""
+    trust_remote_code: bool = False
+    """run Python code that comes with a model; only for repositories that you have read"""
+    total_episodes: int = 51_200
+    """responses of the whole run that are trained on, all processes together"""
+    batch_size: int = 256
+    """responses of an update, all processes together; the paper: 1024"""
+    group_size: int = 8
+    """responses to one prompt, G; the paper: 64"""
+    num_minibatches: int = 1
+    """minibatches of an epoch"""
+    update_epochs: int = 1
+    """passes over the responses of an update"""
+    learning_rate: float = 3e-4
+    """Adam step size, constant; the paper: 1e-6"""
+    warmup_updates: int = 0
+    """updates in which the step size rises linearly; DAPO: 20"""
+    kl_coef: float = 0.04
+    """beta of eq. (2); at 0 there is no reference model (DAPO, Dr. GRPO)"""
+    clip_coef: float = 0.2
+    """eps of eq. (2)"""
+    clip_coef_high: float | None = None
+    """eps_high of eq. (2), the same as --clip-coef if not given; DAPO's clip-higher: 0.28"""
+    loss_aggregation: Literal["sequence", "token", "constant"] = "sequence"
+    """how the loss of tokens becomes one number, eq. (4): GRPO, DAPO, Dr. GRPO"""
+    advantage_scale: Literal["group", "none", "batch"] = "group"
+    """std that advantages are divided by: GRPO's, Dr. GRPO's, Lite PPO's (all scores at once)"""
+    dynamic_sampling: bool = False
+    """replace groups whose responses are all right or all wrong by new ones (DAPO)"""
+    max_refills: int = 9
+    """times that new groups are sampled in an update at most; what is missing then stays in"""
+    overlong_filtering: bool = False
+    """leave responses that were cut off out of the loss (DAPO)"""
+    overlong_penalty_tokens: int = 0
+    """c of eq. (5); DAPO: 4096 of 20480; 0: no penalty"""
+    tis_cap: float | None = None
+    """C of eq. (6), where sampler and training pass may differ, as with --bf16; common: 2"""
+    temperature: float = 1.0
+    """temperature of sampling and of all probabilities"""
+    max_grad_norm: float = 1.0
+    """bound on the gradient norm"""
+    bf16: bool = False
+    """compute in bfloat16; master weights and optimizer stay float32"""
+    micro_batch_tokens: int = 16_384
+    """tokens, with padding, that one forward and backward holds on a process"""
+    activation_checkpointing: bool = False
+    """recompute the activations of each layer in the backward pass"""
+    offload_frozen: bool = False
+    """keep reference and reward model in host memory"""
+    eval_prompts: int = 200
+    """held-out prompts of an evaluation"""
+    eval_samples: int = 16
+    """responses to each of them, the largest k of pass@k"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """"auto" takes CUDA where there is one"""
+    run_dir: Path | None = None
+    """where logs and checkpoints go; runs/ENV__SCRIPT__SEED if not given"""
+    save_every: float = 600.0
+    """seconds between checkpoints; 0 saves after every update"""
+    resume: str | None = None
+    """"auto" continues run_dir from its newest valid checkpoint; or the path of a checkpoint"""
+    eval_every: int = 0
+    """updates between evaluations; 0 evaluates at the end only"""
+    track: Literal["wandb", "trackio"] | None = None
+    """mirror the logs to this tracker, if it is installed"""
+
+    def __post_init__(self):
+        names = "num_minibatches update_epochs temperature eval_samples reward_timeout batch_size"
+        for name in [*names.split(), "lora_rank", "response_length"]:
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: want > 0")
+        parts = int(os.environ.get("WORLD_SIZE", 1)) * self.num_minibatches
+        if self.group_size < 2 or self.batch_size % self.group_size or self.batch_size % parts:
+            what = f"--group-size {self.group_size} (2 or more), processes * minibatches ({parts})"
+            raise UserError(f"--batch-size {self.batch_size}: want a multiple of {what}")
+        if self.total_episodes < self.batch_size:
+            raise UserError(f"--total-episodes {self.total_episodes} is not one update")
+        judges = bool(self.reward) + bool(self.reward_model)
+        if judges > 1 or (self.data and (judges == 0 or not self.model or self.curriculum)):
+            raise UserError("--data needs --model, --reward or --reward-model, no --curriculum")
+        if not 0 <= self.overlong_penalty_tokens <= self.response_length:
+            raise UserError(f"--overlong-penalty-tokens: want 0 to {self.response_length}")
+
+
+# NETWORKS ========================================================================================
+
+
+class Policy(nn.Module):
+    """A causal language model, wrapped as the root of FSDP."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, mb, temperature):
+        """A micro-batch -> log-probs and entropies of its responses, (M, T), 0 outside of mask."""
+        start = mb["prompt_lengths"][:, None]
+        columns = torch.arange(mb["input_ids"].shape[1], device=start.device)
+        positions = (columns >= start) & (columns < start + mb["mask"].sum(1, keepdim=True))
+        outputs = completion_logprobs(self.model, mb["input_ids"], positions, temperature)
+        t = torch.arange(mb["mask"].shape[1], device=start.device)
+        places = (start + t).clamp(max=len(columns) - 1)
+        return [output.gather(1, places) * mb["mask"] for output in outputs]
+
+
+def shard(module: nn.Module, mesh, args: Args, frozen: bool = False) -> dict[str, torch.Tensor]:
+    # diverges: no critic, and a policy may have frozen weights
+    """Split a module over the processes, layer by layer; returns its parameters by name.
+
+    PITFALL: take the parameters from here. After a forward without backward the root's are
+    gathered, and module.named_parameters() shows those copies.
+    """
+    module.eval()  # no dropout, or the first ratio would not be 1
+    if frozen:
+        module.requires_grad_(False)
+    dtype = None if frozen else torch.float32
+    precision = MixedPrecisionPolicy(torch.bfloat16 if args.bf16 else None, torch.float32)
+    options = {"mesh": mesh, "mp_policy": precision}
+    if frozen and args.offload_frozen:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    kinds = {k for part in module.modules() for k in getattr(part, "_no_split_modules", None) or ()}
+    for parent in reversed(list(module.modules())):  # inner modules before outer ones
+        for name, layer in list(parent.named_children()):
+            if type(layer).__name__ in kinds:
+                if args.activation_checkpointing and not frozen:
+                    layer = checkpoint_wrapper(layer)
+                    setattr(parent, name, layer)
+                fully_shard(layer.to(dtype), **options)  # goes to its device here, one by one
+    fully_shard(module.to(dtype), **options)  # with embedding and head, so that tied ones stay tied
+    return {n.replace("_checkpoint_wrapped_module.", ""): p for n, p in module.named_parameters()}
+
+
+@torch.no_grad()
+def update_replica(replica: nn.Module, parameters: dict[str, torch.Tensor]) -> None:
+    """Copy the policy's weights into the whole model that samples; every process takes part."""
+    for name, target in replica.named_parameters():
+        target.copy_(parameters[f"model.{name}"].full_tensor())
+
+
+# LOSSES ==========================================================================================
+
+
+def group_advantages(scores, scale):
+    """Eq. (1): scores (P, G) -> (P, G); a group of equal scores gets zeros."""
+    centered = scores - scores.mean(1, keepdim=True)
+    if scale == "none":
+        return centered
+    # unbiased, as in TRL and verl; 1e-4 keeps equal scores at 0 instead of nan
+    std = scores.std(1, keepdim=True) if scale == "group" else scores.std()
+    return centered / (std + 1e-4)
+
+
+def overlong_penalty(lengths, response_length, tokens):
+    """What eq. (5) takes away: 0 up to a length of response_length - tokens, then up to 1."""
+    return ((lengths - (response_length - tokens)) / max(tokens, 1)).clamp(0, 1)
+
+
+def aggregate(x, mask, how, rows, tokens, response_length):
+    """Eq. (4): the part of x (M, T) in a mean over a minibatch of so many rows and tokens."""
+    sums = (x * mask).sum(1)
+    if how == "sequence":
+        return (sums / mask.sum(1).clamp(min=1)).sum() / rows
+    return sums.sum() / (tokens if how == "token" else rows * response_length)
+
+
+def token_grpo_loss(logprobs, entropy, mb, rows, tokens, args):
+    """Eqs. (2) to (4) and (6) on a micro-batch; tensors (M, T), mb["advantages"] (M,).
+
+    rows, tokens: those of the whole minibatch. Without mb["logprobs"] the policy is still the one
+    that sampled. Returns the loss, its part without KL penalty, and means over tokens to log.
+    """
+    mask, advantages = mb["mask"], mb["advantages"][:, None]
+    old = mb.get("logprobs", logprobs).detach()
+    low, high = args.clip_coef, args.clip_coef_high
+    high = low if high is None else high
+    logratio = (logprobs - old) * mask  # a part that does not count has no mask
+    ratio = logratio.exp()
+    loss = -torch.min(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+    mismatch = (old - mb["sampled_logprobs"]) * mask
+    if args.tis_cap is not None:
+        loss = loss * mismatch.exp().clamp(max=args.tis_cap)  # eq. (6)
+    x = (mb.get("ref_logprobs", logprobs) - logprobs) * mask
+    k3 = x.clamp(-20, 20).exp() - x.clamp(-20, 20) - 1  # without the bounds exp overflows
+    counts = (args.loss_aggregation, rows, tokens, args.response_length)
+    losses = [aggregate(part, mask, *counts) for part in (loss + args.kl_coef * k3, loss)]
+    below = (ratio < 1 - low) & (advantages < 0)  # where clipping takes the gradient away
+    above = (ratio > 1 + high) & (advantages > 0)
+    logged = (k3, entropy, ratio - 1 - logratio, below, above, mismatch.abs())
+    return torch.stack([*losses, *((part * mask).sum() / tokens for part in logged)])
+
+
+# DATA ============================================================================================
+
+
+def prompt_batch(records: list[dict], place: int, count: int, seed: int) -> list[dict]:
+    # diverges: all processes know all prompts, as a group may lie on two of them
+    """`count` records from `place` on in an endless series of shuffled epochs."""
+    n, places = len(records), range(place, place + count)
+    orders = {e: np.random.default_rng([seed, e]).permutation(n) for e in {p // n for p in places}}
+    return [records[orders[p // n][p % n]] for p in places]
+
+
+def share(items: list) -> list:
+    """The items of this process: neighbours, so that few groups lie on two processes."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    return items[rank * len(items) // world_size : (rank + 1) * len(items) // world_size]
+
+
+# ROLLOUT =========================================================================================
+
+
+def respond(replica, tokenizer, records, seed, args) -> list[Response]:
+    # diverges: not yet a batch, as all responses are gathered before it is chosen
+    """Sample a response to each record."""
+    completions = generate(
+        replica,
+        [record["ids"] for record in records],
+        max_new_tokens=args.response_length,
+        stop_ids=stop_token_ids(tokenizer, args.stop),
+        pad_id=pad_token_id(tokenizer),
+        temperature=args.temperature,
+        generator=torch.Generator(replica.device).manual_seed(seed),
+    )
+    return split(completions, response_texts(tokenizer, completions))
+
+
+def informative(group) -> bool:
+    """Whether the scores of a group differ: if not, its advantages are 0."""
+    return len({score for *_, score in group}) > 1
+
+
+def sample_groups(actor, task, pool, place, seed, args) -> tuple[list, list, int, dict]:
+    """Groups for an update, on all processes the same: lists of G (record, Response, score).
+
+    With dynamic sampling (DAPO, Alg. 1) groups of equal scores only fill up what --max-refills
+    leave missing. Returns groups, all that were sampled, the next place in the pool, seconds.
+    """
+    wanted, sampled = args.batch_size // args.group_size, []
+    seconds = {"generate": 0.0, "score": 0.0}
+    # as many responses on each process: a sharded reward model needs equal numbers of forwards
+    unit = dist.get_world_size() // math.gcd(args.group_size, dist.get_world_size())
+    for refill in range(1 + args.max_refills * args.dynamic_sampling):
+        count = wanted - sum(map(informative, sampled))
+        count += -count % unit
+        records = prompt_batch(pool, place, count, args.seed)
+        records = [record for record in records for _ in range(args.group_size)]
+        mine, place, started = share(records), place + count, time.monotonic()
+        # 1. generate
+        responses = respond(*actor, mine, seed + 10_007 * refill, args)
+        sampled_at = time.monotonic()
+        # 2. score
+        texts = [response.text for response in responses]
+        scores = score_together(task.reward, mine, texts, args.reward_timeout)
+        found = gather_lists(list(zip(responses, scores, strict=True)))
+        seconds["generate"] += sampled_at - started
+        seconds["score"] += time.monotonic() - sampled_at
+        rows = [(record, *pair) for record, pair in zip(records, found, strict=True)]
+        sampled += [rows[i : i + args.group_size] for i in range(0, len(rows), args.group_size)]
+        if not args.dynamic_sampling or sum(map(informative, sampled)) >= wanted:
+            break
+    groups = sorted(sampled, key=informative, reverse=True) if args.dynamic_sampling else sampled
+    return groups[:wanted], sampled, place, seconds
+
+
+def group_batch(groups, args, device) -> dict[str, torch.Tensor]:
+    """This process's responses as a batch (see rlhf/batches.py), with advantages (B,), eq. (1)."""
+    scores = torch.tensor([[score for *_, score in group] for group in groups])  # (P, G)
+    lengths = torch.tensor([[len(r.tokens) for _, r, _ in group] for group in groups])
+    scores -= overlong_penalty(lengths, args.response_length, args.overlong_penalty_tokens)
+    # PITFALL: on whole groups of all processes, before this process takes its part
+    advantages = group_advantages(scores, args.advantage_scale).flatten().tolist()
+    mine = share([row for group in groups for row in group])
+    prompts = [record["ids"] for record, *_ in mine]
+    batch = response_batch(prompts, stack([r for _, r, _ in mine], device), args.response_length)
+    batch["advantages"] = torch.tensor(share(advantages), device=device)
+    if args.overlong_filtering:
+        batch["mask"] &= batch["stopped"][:, None]
+    return batch
+
+
+@torch.no_grad()
+def score_tokens(policy, reference, batch, args) -> None:
+    # diverges: only what the loss will read
+    """Add logprobs and ref_logprobs (B, T) to a batch."""
+    modules = {"ref_logprobs": reference} if reference else {}
+    if args.num_minibatches * args.update_epochs > 1:  # else they are those of the only update
+        modules["logprobs"] = policy
+    for name, module in modules.items():
+        batch[name] = torch.zeros_like(batch["sampled_logprobs"])
+        for mb, rows in micro_batches(batch, args.micro_batch_tokens):
+            batch[name][rows] = module(mb, args.temperature)[0][: len(rows)]
+        module.reshard()
+
+
+# EVALUATE ========================================================================================
+
+
+def evaluate(actor, task, baseline, args) -> tuple[dict, dict]:
+    # diverges: several responses to each prompt, for pass@k
+    """Held-out prompts, with the same noise at every call. Returns texts, and a summary.
+
+    actor: replica and tokenizer. baseline: the summary of the first call.
+    """
+    records = [record for record in task.test for _ in range(args.eval_samples)]
+    # PITFALL: equal shares, as a forward of a sharded reward model needs all processes
+    mine = share(records + records[: -len(records) % dist.get_world_size()])
+    responses = respond(*actor, mine, args.seed + 10_000 + dist.get_rank(), args)
+    texts = [response.text for response in responses]
+    judges = [task.reward, task.lenient] if task.lenient else [task.reward]
+    scores = [score_together(judge, mine, texts, args.reward_timeout) for judge in judges]
+    rows = gather_lists(list(zip(responses, *scores, strict=True)))[: len(records)]
+    responses, *scores = zip(*rows, strict=True)
+    metrics = summarize_passes(responses, scores, args.eval_samples, args.success_score, baseline)
+    texts = [response.text for response in responses[:: args.eval_samples]]
+    return {"prompts": [record["prompt"] for record in task.test], "texts": texts}, metrics
+
+
+# CHECKPOINT ======================================================================================
+
+
+def rng_state(device):
+    """State of every random generator of this process, in types that torch.load takes."""
+    name, keys, *rest = np.random.get_state()
+    state = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    state["numpy"] = (name, torch.from_numpy(keys.astype(np.int64)), *rest)
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state, device):
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def plain_args(args):
+    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
+
+
+def sha256(path):
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sharded_tensors(parameters, optimizer) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights and Adam's state (made here, as 0) by kind and name, for a checkpoint."""
+    tensors = {"weight": {name: p.detach() for name, p in parameters.items()}}
+    for name, p in parameters.items():
+        state = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        state["step"] = torch.zeros(1, device=p.device)  # the file format has no scalars here
+        optimizer.state[p] = state | {"step": state["step"].view(())}
+        for kind, tensor in state.items():
+            tensors.setdefault(kind, {})[name] = tensor
+    return tensors
+
+
+def save_checkpoint(run_dir, step, state, tensors):
+    # diverges: every process also writes its shards, by torch.distributed.checkpoint
+    """Write run_dir/checkpoints/STEP, keep the last two. It gets its name when it is complete.
+
+    The shards are safetensors: the default format of torch.distributed.checkpoint needs pickle.
+    """
+    rank = dist.get_rank()
+    path = run_dir / "checkpoints" / f"{step:012d}"
+    unfinished = path.with_suffix(".partial")
+    try:
+        if rank == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        dist.barrier()
+        for kind, part in tensors.items():  # one by one: a file is put together in memory
+            writer = dcp.HuggingFaceStorageWriter(str(unfinished / kind), save_distributed=True)
+            dcp.save(part, storage_writer=writer)
+        torch.save(state, unfinished / f"rank{rank}.pt")
+        files = [unfinished / f"rank{rank}.pt", *unfinished.glob(f"*/shard-{rank + 1:05d}-*")]
+        for file in files:
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        digests = gather_lists([(str(f.relative_to(unfinished)), sha256(f)) for f in files])
+        if rank == 0:
+            (unfinished / "manifest.json").write_text(json.dumps(dict(digests), indent=1))
+            shutil.rmtree(path, ignore_errors=True)
+            unfinished.rename(path)
+            done = sorted(path.parent.glob("*[0-9]"))  # a newer one is damaged, or was given up
+            for old in set(done) - set([other for other in done if other <= path][-2:]):
+                shutil.rmtree(old)
+            missing = 3 - len(list(path.parent.iterdir()))  # two are kept while one is written
+            needed = missing * sum(file.stat().st_size for file in path.rglob("*"))
+            if shutil.disk_usage(path).free < needed:
+                raise OSError(f"the disk has less than the {needed / 1e6:.1f} MB that it will take")
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+        raise UserError(f"--run-dir: cannot write {path}: {str(error).splitlines()[-1]}") from error
+    dist.barrier()
+    return path
+
+
+def damage(path):
+    """What is wrong with a checkpoint; None if nothing is."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        altered = [name for name, digest in manifest.items() if sha256(path / name) != digest]
+        return f"{altered[0]} is altered or cut off" if altered else None
+    except (OSError, ValueError, AttributeError) as error:
+        return str(error)
+
+
+def find_checkpoint(run_dir, resume):
+    """The checkpoint to continue from, for "auto" the newest valid one; None: start anew.
+
+    Raises UserError where a new run would overwrite another one, and where the checkpoint named
+    is damaged or belongs to another number of processes.
+    """
+    found = [None, None]  # path, error: rank 0 looks, as all must find the same
+    paths = sorted((run_dir / "checkpoints").glob("*[0-9]"), reverse=True)
+    if resume is None and (run_dir / "args.json").exists():
+        found[1] = f"{run_dir} holds a run: --resume auto continues it; or give a --run-dir"
+    elif resume not in (None, "auto") and Path(resume).parent not in {p.parent for p in paths}:
+        found[1] = f"--resume {resume} is not in --run-dir {run_dir}: give the run's own directory"
+    elif resume is not None and dist.get_rank() == 0:
+        for path in paths if resume == "auto" else [Path(resume)]:
+            flaw, processes = damage(path), len(list(path.glob("rank*.pt")))
+            if flaw is None and processes == dist.get_world_size():
+                found = [path, None]
+                break
+            found[1] = f"{path} was written by {processes} processes: start as many"
+            found[1] = f"--resume {path}: damaged ({flaw})" if flaw else found[1]
+            if flaw is None or resume != "auto":
+                break
+            print(f"checkpoint {path} is damaged ({flaw}): trying the one before", file=sys.stderr)
+    dist.broadcast_object_list(found)
+    if found[1]:
+        raise UserError(found[1])
+    return found[0]
+
+
+def load_checkpoint(path, args):
+    """What this process saved. Raises UserError where it ran with other arguments."""
+    state = torch.load(path / f"rank{dist.get_rank()}.pt", map_location="cpu", weights_only=True)
+    free = "device run_dir save_every resume eval_every eval_episodes capture_video track".split()
+    for name, value in plain_args(args).items():
+        if name not in free and value != state["args"][name]:
+            raise UserError(f"--resume: {name} was {state['args'][name]}, now it is {value}")
+    return state
+
+
+class RunLog:
+    """metrics.csv (step, key, value), TensorBoard and args.json of a run, written by rank 0."""
+
+    def __init__(self, run_dir, args, size=0):
+        """size: bytes of metrics.csv to keep, where a checkpoint continues."""
+        self.active = dist.get_rank() == 0
+        if not self.active:
+            return
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        packages = {d.name: d.version for d in importlib.metadata.distributions()}
+        record = {"args": plain_args(args), "commit": commit, "packages": packages}
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(run_dir).free < 2**20:
+                raise OSError(errno.ENOSPC, "less than 1 MB free")
+            (run_dir / "args.json").write_text(json.dumps(record, indent=1))
+            self.file = (run_dir / "metrics.csv").open("a", buffering=1)  # a line at a time
+            self.file.truncate(size)
+            self.file.write("" if size else "step,key,value\n")
+            self.tracker = importlib.import_module(args.track) if args.track else None
+        except OSError as error:
+            raise UserError(f"--run-dir {run_dir}: {error.strerror}; choose another") from error
+        except ImportError as error:
+            raise UserError(f"--track {args.track}: pip install {args.track}") from error
+        self.board = SummaryWriter(str(run_dir))
+        if self.tracker:
+            self.tracker.init(project="folio", name=run_dir.name, config=plain_args(args))
+
+    def add(self, step, metrics):
+        for key, value in metrics.items() if self.active else ():
+            if not math.isfinite(value):
+                raise UserError(f"{key} is {value} at step {step}; checkpoints are intact")
+            self.file.write(f"{step},{key},{value:.8g}\n")
+            self.board.add_scalar(key, value, step)
+        if self.active and self.tracker:
+            self.tracker.log(metrics, step=step)
+
+    def size(self):
+        """Bytes of metrics.csv so far, all of them written out."""
+        if self.active:
+            self.file.flush()
+        return self.file.tell() if self.active else 0
+
+
+def catch_signals():
+    """A list that gets SIGINT or SIGTERM, to be read between updates; a second one ends at once."""
+    caught = []
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, lambda n, _: (caught.append(n), signal.signal(n, signal.SIG_DFL)))
+    return caught
+
+
+# TRAIN ===========================================================================================
+
+
+def setup_process(device):
+    """Join torchrun's process group, or form a group of one. Returns rank, size and device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA here; use --device cpu")
+    cuda = device != "cpu" and torch.cuda.is_available()
+    options = {"backend": "nccl" if cuda else "gloo", "timeout": timedelta(hours=1)}
+    if "WORLD_SIZE" not in os.environ:
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(**options)
+    atexit.register(dist.destroy_process_group)  # a thread of gloo must not outlive Python
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def sum_over_processes(tensor):
+    """In place; takes no time where there is one process."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_lists(items):
+    """The lists of all processes, joined in order of rank."""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def update(policy, optimizer, batch, args) -> dict[str, float]:
+    # diverges: counts of rows, and one model
+    """Epochs of minibatch steps on the responses of this process. Returns what to log.
+
+    PITFALL: a loss is a mean over the whole minibatch, on all processes and in all micro-batches
+    (eq. (4)). FSDP averages gradients over processes, hence the factor world_size.
+    """
+    world_size, steps, trained = dist.get_world_size(), [], optimizer.param_groups[0]["params"]
+    for _ in range(args.update_epochs):
+        order = torch.randperm(len(batch["mask"])).to(batch["mask"].device)
+        for minibatch_rows in order.chunk(args.num_minibatches):
+            minibatch = {name: tensor[minibatch_rows] for name, tensor in batch.items()}
+            counts = torch.stack([minibatch["mask"].any(1).sum(), minibatch["mask"].sum()])
+            rows, tokens = sum_over_processes(counts).clamp(min=1)
+            total = torch.zeros(8, device=tokens.device)
+            # Gradients go into the shards after each part: keeping them whole takes 28 GB for 7B.
+            for mb, _ in micro_batches(minibatch, args.micro_batch_tokens):
+                outputs = policy(mb, args.temperature)
+                means = token_grpo_loss(*outputs, mb, rows, tokens, args)
+                (means[0] * world_size).backward()
+                total += means.detach()
+            norm = nn.utils.clip_grad_norm_(trained, args.max_grad_norm).full_tensor()
+            optimizer.step()
+            optimizer.zero_grad()
+            steps.append(torch.cat([sum_over_processes(total), norm[None]]))
+    names = "loss policy_loss kl entropy approx_kl clipfrac_low clipfrac_high sampler_mismatch"
+    means = zip([*names.split(), "grad_norm"], torch.stack(steps).mean(0).tolist(), strict=True)
+    return {f"losses/{name}": mean for name, mean in means}
+
+
+def main(args):
+    rank, world_size, device = setup_process(args.device)
+    run_dir = args.run_dir or Path("runs") / f"{Path(__file__).stem}__{args.seed}"
+    path = find_checkpoint(run_dir, args.resume)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    name = args.model or warm_start(args.task, args.levels, args.task_config)
+    model, tokenizer = load_causal_lm(name, args.trust_remote_code, dtype)
+    check_head(model)
+    task = (load_prompts if args.data else load_verifiable)(tokenizer, args, model.config)
+    mesh = init_device_mesh(device.type, (world_size,))
+    reference = Policy(copy.deepcopy(model)) if args.kl_coef > 0 else None
+    if reference:
+        shard(reference, mesh, args, frozen=True)
+    choose_trained(model, args.train, args.lora_rank, args.seed)
+    # Sampling reads all weights for every token, so each process samples from a whole copy.
+    actor = (copy.deepcopy(model).to(device), tokenizer)
+    policy = Policy(model)
+    parameters = shard(policy, mesh, args)
+    if args.reward_model:
+        scorer = load_reward_model(args.reward_model, args.trust_remote_code, dtype)
+        shard(scorer[0], mesh, args, frozen=True)
+        task = replace(task, reward=reward_function(*scorer, device))
+    trained = [p for p in parameters.values() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=args.learning_rate, fused=True)
+    tensors = sharded_tensors(parameters, optimizer)
+
+    set_seed(args.seed + 100_003 * rank)
+    iteration, place, generated, log_size = 0, 0, 0, 0
+    level, recent, before, baseline = args.levels[0], [], None, None
+    if path:
+        saved = load_checkpoint(path, args)
+        iteration, place, generated, level, recent = saved["progress"]
+        log_size, before, baseline = (saved[k] for k in ("log_size", "before", "baseline"))
+        for kind, part in tensors.items():
+            dcp.load(part, storage_reader=dcp.HuggingFaceStorageReader(str(path / kind)))
+        update_replica(actor[0], parameters)
+        set_rng_state(saved["rng"], device)
+    log, stop, last_save = RunLog(run_dir, args, log_size), catch_signals(), time.monotonic()
+
+    def checkpoint():
+        state = {"args": plain_args(args), "rng": rng_state(device), "log_size": log.size()}
+        state |= {"before": before, "baseline": baseline}
+        state |= {"progress": [iteration, place, generated, level, recent]}
+        return save_checkpoint(run_dir, iteration * args.batch_size, state, tensors)
+
+    if path is None:
+        before, baseline = evaluate(actor, task, None, args)
+        log.add(0, baseline)
+        path = checkpoint()  # a directory that cannot hold the run shows now, not in an hour
+    num_updates = args.total_episodes // args.batch_size
+    bar = tqdm(total=num_updates, initial=iteration, unit="update", disable=rank > 0)
+    while True:
+        due = args.eval_every > 0 and iteration % args.eval_every == 0
+        if iteration == num_updates or (iteration > 0 and due):
+            after, metrics = evaluate(actor, task, baseline, args)
+            log.add(iteration * args.batch_size, metrics)
+        if iteration == num_updates:
+            break
+        lr = args.learning_rate * min(1, (iteration + 1) / max(args.warmup_updates, 1))
+        optimizer.param_groups[0]["lr"] = lr
+
+        # 1. generate, 2. score: together, as dynamic sampling repeats them
+        pool = [r for r in task.train if not args.curriculum or r["level"] == level]
+        seed = args.seed + 100_003 * rank + 1_000_003 * (iteration + 1)
+        groups, sampled, place, seconds = sample_groups(actor, task, pool, place, seed, args)
+        started = time.monotonic()
+        # 3. KL, 4. advantages
+        batch = group_batch(groups, args, device)
+        score_tokens(policy, reference, batch, args)
+        scored = time.monotonic()
+        # 5. update
+        metrics = update(policy, optimizer, batch, args)
+        update_replica(actor[0], parameters)
+        seconds["score"] += scored - started
+        seconds["update"] = time.monotonic() - scored
+        # 6. log
+        iteration += 1
+        metrics |= group_metrics(sampled, args.success_score, seconds)
+        generated += metrics["charts/sampled_tokens"]
+        metrics |= {"charts/generated_tokens": generated, "charts/learning_rate": lr}
+        if args.curriculum:
+            recent = [*recent, metrics["charts/success_rate"]]
+            level, recent = next_level(level, recent, *args.levels)
+            metrics["charts/level"] = level
+        log.add(iteration * args.batch_size, metrics)
+        shown = {"right": "success_rate", "length": "response_length", "t/s": "tokens_per_second"}
+        bar.set_postfix({k: f"{metrics[f'charts/{name}']:.3g}" for k, name in shown.items()})
+        bar.update()
+
+        save = time.monotonic() - last_save >= args.save_every or iteration == num_updates
+        save |= args.eval_every > 0 and iteration % args.eval_every == 0
+        flags = torch.tensor([save, max(stop, default=0)], dtype=torch.int64, device=device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)  # all processes must act alike
+        save, signal_number = flags.tolist()
+        if save or signal_number:
+            path, last_save = checkpoint(), time.monotonic()
+        if signal_number:
+            tqdm.write(f"stopped by a signal; --resume auto continues from {path}")
+            sys.exit(128 + signal_number)
+    if rank == 0:
+        report(run_dir, merged(actor[0]), tokenizer, before, after, metrics)
+        print(f"checkpoint: {path}")
+    dist.barrier()  # nobody leaves while rank 0 still evaluates and writes
+
+
+if __name__ == "__main__":
+    sys.excepthook = report_user_error
+    main(tyro.cli(Args))
