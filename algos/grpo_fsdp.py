@@ -230,7 +230,7 @@ class Policy(nn.Module):
 
 def shard(module: nn.Module, mesh, args: Args, frozen: bool = False) -> dict[str, torch.Tensor]:
     # diverges: no critic, and a policy may have frozen weights
-    """Split a module over the processes, layer by layer; returns its parameters by name.
+    """Split a module over the processes, layer by layer; returns those it trains, by name.
 
     PITFALL: take the parameters from here. After a forward without backward the root's are
     gathered, and module.named_parameters() shows those copies.
@@ -252,14 +252,16 @@ def shard(module: nn.Module, mesh, args: Args, frozen: bool = False) -> dict[str
                     setattr(parent, name, layer)
                 fully_shard(layer.to(dtype), **options)  # goes to its device here, one by one
     fully_shard(module.to(dtype), **options)  # with embedding and head, so that tied ones stay tied
-    return {n.replace("_checkpoint_wrapped_module.", ""): p for n, p in module.named_parameters()}
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in named}
 
 
 @torch.no_grad()
 def update_replica(replica: nn.Module, parameters: dict[str, torch.Tensor]) -> None:
-    """Copy the policy's weights into the whole model that samples; every process takes part."""
+    """Copy trained weights into the whole model that samples; every process takes part."""
     for name, target in replica.named_parameters():
-        target.copy_(parameters[f"model.{name}"].full_tensor())
+        if target.requires_grad:
+            target.copy_(parameters[f"model.{name}"].full_tensor())
 
 
 # LOSSES ==========================================================================================
@@ -711,8 +713,7 @@ def main(args):
         scorer = load_reward_model(args.reward_model, args.trust_remote_code, dtype)
         shard(scorer[0], mesh, args, frozen=True)
         task = replace(task, reward=reward_function(*scorer, device))
-    trained = [p for p in parameters.values() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=args.learning_rate, fused=True)
+    optimizer = torch.optim.Adam(parameters.values(), lr=args.learning_rate, fused=True)
     tensors = sharded_tensors(parameters, optimizer)
 
     set_seed(args.seed + 100_003 * rank)

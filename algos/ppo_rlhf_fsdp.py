@@ -247,9 +247,10 @@ def shard(module: nn.Module, mesh, args: Args, frozen: bool = False) -> dict[str
 
 @torch.no_grad()
 def update_replica(replica: nn.Module, parameters: dict[str, torch.Tensor]) -> None:
-    """Copy the policy's weights into the whole model that samples; every process takes part."""
+    """Copy trained weights into the whole model that samples; every process takes part."""
     for name, target in replica.named_parameters():
-        target.copy_(parameters[f"model.{name}"].full_tensor())
+        if target.requires_grad:
+            target.copy_(parameters[f"model.{name}"].full_tensor())
 
 
 # LOSSES ==========================================================================================
@@ -680,7 +681,6 @@ def main(args):
     rank, world_size, device = setup_process(args.device)
     run_dir = args.run_dir or Path("runs") / f"{Path(__file__).stem}__{args.seed}"
     path = find_checkpoint(run_dir, args.resume)
-
     tiny = None if args.model else prepare(response_tokens=args.response_length)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     model, tokenizer = load_causal_lm(args.model or tiny.policy, args.trust_remote_code, dtype)

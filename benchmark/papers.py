@@ -84,7 +84,7 @@ class Run(Table):
     metrics: list[str] = Field(min_length=1)
     """keys of metrics.csv to keep; a run that lacks one of them has failed"""
     prepare: str = ""
-    """module to run once before the first run: `python -m PREPARE`"""
+    """module, with its flags, to run once before the first run: `python -m PREPARE`"""
 
     def flags(self, scale: Scale) -> list[str] | None:
         """The flags at `scale`; None where the run is not part of it."""
@@ -155,9 +155,19 @@ class ScaleInfo(Table):
 class Paper(Table):
     paper: About
     scales: dict[Scale, ScaleInfo]
+    defaults: dict = {}
+    """keys of [[runs]] for all that do not have them"""
     runs: list[Run] = Field(min_length=1)
     numbers: list[Number] = []
     claims: list[Claim] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_in(cls, content: dict) -> dict:
+        defaults, runs = content.get("defaults", {}), content.get("runs", [])
+        if not (isinstance(defaults, dict) and isinstance(runs, list)):
+            return content  # the fields say what is wrong
+        return content | {"runs": [defaults | r if isinstance(r, dict) else r for r in runs]}
 
     @model_validator(mode="after")
     def check(self) -> Self:

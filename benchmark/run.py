@@ -81,9 +81,10 @@ def job(paper, scale, run: papers.Run, env: str, seed: int, flags: list[str], fo
 def prepare(planned: list[jobs.Job], paper: papers.Paper) -> None:
     """What some runs need once before they start."""
     names = {job.run for job in planned}
-    for module in dict.fromkeys(run.prepare for run in paper.runs if run.name in names):
-        if module and subprocess.run([sys.executable, "-m", module], cwd=jobs.ROOT).returncode:
-            raise UserError(f"python -m {module} failed, see above")
+    for words in dict.fromkeys(run.prepare for run in paper.runs if run.name in names):
+        command = [sys.executable, "-m", *shlex.split(words)]
+        if words and subprocess.run(command, cwd=jobs.ROOT).returncode:
+            raise UserError(f"python -m {words} failed, see above")
 
 
 def run(

@@ -268,7 +268,7 @@ def summarize_passes(
 
     scores: of the responses, and where there are two lists, also those of a lenient judge. The
     95 % intervals (_low, _high) are over prompts, as responses to one prompt are not independent.
-    baseline: of an earlier call; its pass rates stand beside the new ones.
+    baseline: of an earlier call; its pass rates and the gains on them stand beside the new ones.
     """
     metrics = {}
     ks = sorted({4**i for i in range(10) if 4**i < samples} | {samples})
@@ -290,6 +290,7 @@ def summarize_passes(
     for name, value in (baseline or {}).items():
         if re.fullmatch(r"eval/(lenient_)?pass@\d+", name):
             metrics[name.replace("eval/", "eval/baseline_")] = value
+            metrics[name.replace("eval/", "eval/gain_")] = metrics[name] - value
     return metrics
 
 
