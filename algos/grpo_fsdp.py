@@ -26,8 +26,8 @@ Differs from the paper: scores of whole answers only; one outer iteration, so th
     built-in rewards are rules, not a model; eps, not given there, is PPO's 0.2.
 Differs from the authors' code: none known; it was not released.
 
-Shapes: B responses of this process, P groups of G responses of all processes, T tokens of the
-longest response, L columns of prompt and response, M rows of a micro-batch.
+Shapes: B responses of this process, P groups of G responses, T tokens of the longest response, L
+columns of prompt and response, M rows of a micro-batch.
 """
 
 import atexit
@@ -190,10 +190,13 @@ class Args:
     """mirror the logs to this tracker, if it is installed"""
 
     def __post_init__(self):
-        names = "num_minibatches update_epochs temperature eval_samples reward_timeout batch_size"
-        for name in [*names.split(), "lora_rank", "response_length"]:
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: want > 0")
+        counts = "batch_size num_minibatches update_epochs eval_samples response_length lora_rank"
+        least = dict.fromkeys(counts.split(), 1) | {"reward_timeout": 0.1, "temperature": 0.01}
+        least |= dict.fromkeys(("kl_coef", "max_refills", "overlong_penalty_tokens"), 0)
+        for name, bound in least.items():
+            if not getattr(self, name) >= bound:
+                what = f"--{name.replace('_', '-')} {getattr(self, name)}"
+                raise UserError(f"{what}: want {bound} or more")
         parts = int(os.environ.get("WORLD_SIZE", 1)) * self.num_minibatches
         if self.group_size < 2 or self.batch_size % self.group_size or self.batch_size % parts:
             what = f"--group-size {self.group_size} (2 or more), processes * minibatches ({parts})"
@@ -203,8 +206,6 @@ class Args:
         judges = bool(self.reward) + bool(self.reward_model)
         if judges > 1 or (self.data and (judges == 0 or not self.model or self.curriculum)):
             raise UserError("--data needs --model, --reward or --reward-model, no --curriculum")
-        if not 0 <= self.overlong_penalty_tokens <= self.response_length:
-            raise UserError(f"--overlong-penalty-tokens: want 0 to {self.response_length}")
 
 
 # NETWORKS ========================================================================================
@@ -252,8 +253,8 @@ def shard(module: nn.Module, mesh, args: Args, frozen: bool = False) -> dict[str
                     setattr(parent, name, layer)
                 fully_shard(layer.to(dtype), **options)  # goes to its device here, one by one
     fully_shard(module.to(dtype), **options)  # with embedding and head, so that tied ones stay tied
-    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in named}
+    named = {n.replace("_checkpoint_wrapped_module.", ""): p for n, p in module.named_parameters()}
+    return {name: p for name, p in named.items() if p.requires_grad}
 
 
 @torch.no_grad()
@@ -269,7 +270,8 @@ def update_replica(replica: nn.Module, parameters: dict[str, torch.Tensor]) -> N
 
 def group_advantages(scores, scale):
     """Eq. (1): scores (P, G) -> (P, G); a group of equal scores gets zeros."""
-    centered = scores - scores.mean(1, keepdim=True)
+    centered = scores - scores[:, :1]  # first, or rounding leaves equal scores beside 0
+    centered = centered - centered.mean(1, keepdim=True)
     if scale == "none":
         return centered
     # unbiased, as in TRL and verl; 1e-4 keeps equal scores at 0 instead of nan
@@ -396,9 +398,9 @@ def group_batch(groups, args, device) -> dict[str, torch.Tensor]:
     scores -= overlong_penalty(lengths, args.response_length, args.overlong_penalty_tokens)
     # PITFALL: on whole groups of all processes, before this process takes its part
     advantages = group_advantages(scores, args.advantage_scale).flatten().tolist()
-    mine = share([row for group in groups for row in group])
-    prompts = [record["ids"] for record, *_ in mine]
-    batch = response_batch(prompts, stack([r for _, r, _ in mine], device), args.response_length)
+    records, responses, _ = zip(*share([row for group in groups for row in group]), strict=True)
+    prompts = [record["ids"] for record in records]
+    batch = response_batch(prompts, stack(responses, device), args.response_length)
     batch["advantages"] = torch.tensor(share(advantages), device=device)
     if args.overlong_filtering:
         batch["mask"] &= batch["stopped"][:, None]
@@ -715,7 +717,6 @@ def main(args):
         task = replace(task, reward=reward_function(*scorer, device))
     optimizer = torch.optim.Adam(parameters.values(), lr=args.learning_rate, fused=True)
     tensors = sharded_tensors(parameters, optimizer)
-
     set_seed(args.seed + 100_003 * rank)
     iteration, place, generated, log_size = 0, 0, 0, 0
     level, recent, before, baseline = args.levels[0], [], None, None
@@ -731,8 +732,8 @@ def main(args):
 
     def checkpoint():
         state = {"args": plain_args(args), "rng": rng_state(device), "log_size": log.size()}
-        state |= {"before": before, "baseline": baseline}
-        state |= {"progress": [iteration, place, generated, level, recent]}
+        progress = [iteration, place, generated, level, recent]
+        state |= {"progress": progress, "before": before, "baseline": baseline}
         return save_checkpoint(run_dir, iteration * args.batch_size, state, tensors)
 
     if path is None:
@@ -775,10 +776,9 @@ def main(args):
             level, recent = next_level(level, recent, *args.levels)
             metrics["charts/level"] = level
         log.add(iteration * args.batch_size, metrics)
-        shown = {"right": "success_rate", "length": "response_length", "t/s": "tokens_per_second"}
-        bar.set_postfix({k: f"{metrics[f'charts/{name}']:.3g}" for k, name in shown.items()})
+        shown = ("success_rate", "response_length", "tokens_per_second")
+        bar.set_postfix({name: f"{metrics[f'charts/{name}']:.3g}" for name in shown})
         bar.update()
-
         save = time.monotonic() - last_save >= args.save_every or iteration == num_updates
         save |= args.eval_every > 0 and iteration % args.eval_every == 0
         flags = torch.tensor([save, max(stop, default=0)], dtype=torch.int64, device=device)

@@ -38,6 +38,7 @@ from rlhf.sampler import generate
 from rlhf.sft import (
     check_out,
     load_causal_lm,
+    rank_and_world,
     save_folder,
     schedule_at,
     start_processes,
@@ -268,12 +269,14 @@ def train_reward_model(
     bf16: bool = False,
     seed: int = 1,
     progress: bool = True,
+    alone: bool = False,
 ) -> float:
     """Train in place; returns the mean loss over the last tenth of the steps.
 
-    Ranks share each batch, and the gradient is that of one process with the whole batch.
+    Ranks share each batch, and the gradient is that of one process with the whole batch, unless
+    this rank trains `alone`.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world(alone)
     if batch_size % world:
         raise UserError(f"batch_size {batch_size} is not a multiple of the {world} processes")
     if len(pairs) < batch_size:
@@ -300,7 +303,8 @@ def train_reward_model(
         loss = pairwise_loss(chosen, rejected).sum() / batch_size
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        sum_gradients(model)
+        if world > 1:
+            sum_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule_at(step / num_steps, schedule, warmup)

@@ -68,13 +68,15 @@ def train_sft(
     bf16: bool = False,
     seed: int = 1,
     progress: bool = True,
+    alone: bool = False,
 ) -> float:
     """Train in place; returns the mean loss per token over the last tenth of the steps.
 
     With torch.distributed set up, every rank takes its share of each batch, and the gradient is
     that of one process with the whole batch: sums are divided by the token count over all ranks.
+    alone: this rank trains by itself, whatever the others do.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world(alone)
     if batch_size % world:
         raise UserError(f"batch_size {batch_size} is not a multiple of the {world} processes")
     if len(examples) < batch_size:
@@ -102,7 +104,8 @@ def train_sft(
             loss = sft_loss(model, input_ids, positions) / count
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        sum_gradients(model)
+        if world > 1:
+            sum_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule_at(step / num_steps, schedule, warmup)
@@ -117,12 +120,17 @@ def train_sft(
     return sum(recent) / len(recent)
 
 
+def rank_and_world(alone: bool = False) -> tuple[int, int]:
+    """Rank and number of the processes that work together."""
+    together = dist.is_initialized() and not alone
+    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
+
 def sum_gradients(model: nn.Module) -> None:
-    """Add the gradients of all ranks; nothing to do in a single process."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
+    """Add the gradients of all ranks."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
 
 
 def schedule_at(fraction: float, schedule: str, warmup: float = 0.0) -> float:

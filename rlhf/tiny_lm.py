@@ -61,7 +61,8 @@ from rlhf.verifiable import demonstrations, settings, verifiable_task
 
 RECIPE_VERSION = 1  # raise it when the code below changes what is prepared
 # Adam remembers 20 steps of squared gradients instead of 1,000: a run has a few hundred in all.
-TRAINING = dict(batch_size=16, schedule="linear", warmup=0.05, betas=(0.9, 0.95))
+# Alone: under torchrun the other processes wait for the folder and would not take their share.
+TRAINING = dict(schedule="linear", warmup=0.05, betas=(0.9, 0.95), alone=True)
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,7 @@ def _make(folder: Path, response_tokens: int, budget: Budget, quiet: bool) -> No
             encode(tokenizer, chosen, stories),
             learning_rate=learning_rate,
             all_tokens=True,
+            batch_size=16,
             **TRAINING,
             progress=not quiet,
         )
@@ -255,7 +257,13 @@ def _make(folder: Path, response_tokens: int, budget: Budget, quiet: bool) -> No
     tokenizer.save_pretrained(folder / "policy")
     reward_model, _ = load_reward_model(folder / "policy", new_head=True, seed=seed)
     train_reward_model(
-        reward_model, train_pairs, learning_rate=1e-3, epochs=1.5, **TRAINING, progress=not quiet
+        reward_model,
+        train_pairs,
+        learning_rate=1e-3,
+        epochs=1.5,
+        batch_size=16,
+        **TRAINING,
+        progress=not quiet,
     )
     normalize(reward_model, rows[:1024], batch_size=256)
     reward_model.model.save_pretrained(folder / "reward_model")
@@ -365,9 +373,7 @@ def warm_start(
                 encode(tokenizer, [record["prompt"] for record in records], texts),
                 learning_rate=1.5e-3,
                 batch_size=64,
-                schedule="linear",
-                warmup=0.05,
-                betas=(0.9, 0.95),
+                **TRAINING,
                 seed=budget.seed + number,
                 progress=not quiet,
             )

@@ -17,7 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
 # The exact contracts hold on the CPU; one thread a process, since tests run side by side.
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-TIMES = ("charts/SPS", "charts/tokens_per_second")  # rows of metrics.csv that no two runs share
+TIMES = (
+    "charts/SPS",
+    "charts/tokens_per_second",
+    *(f"charts/seconds_{s}" for s in ("generate", "score", "update")),
+)
 
 
 def command(script, processes, *flags):
