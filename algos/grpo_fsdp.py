@@ -17,17 +17,17 @@ moves from the reward into the loss. R_i is the score of y_i, the same for all i
 
 Advantages are divided by the std of the group, by 1 (none, Dr. GRPO) or by that of all scores
 (batch, Lite PPO). N and sum_i are over the whole minibatch of all processes. With one update a
-rollout rho is 1 and the loss is beta k3 by construction: look at the score.
+rollout rho is 1, nothing is clipped, and the loss of eq. (4), sequence, is beta k3 by construction.
 
 Run:  torchrun --standalone --nproc_per_node 2 algos/grpo_fsdp.py
-      python algos/grpo_fsdp.py --task countdown --clip-coef-high 0.28 --loss-aggregation token
+      python algos/grpo_fsdp.py --advantage-scale none --loss-aggregation constant --kl-coef 0
 
 Differs from the paper: scores of whole answers only; one outer iteration, so the reference stays;
     built-in rewards are rules, not a model; eps, not given there, is PPO's 0.2.
 Differs from the authors' code: none known; it was not released.
 
-Shapes: B responses of this process, P groups of G responses, T tokens of the longest response, L
-columns of prompt and response, M rows of a micro-batch.
+Shapes: B responses of this process, P groups of G, T tokens of the longest, L columns of prompt and
+response, M rows of a micro-batch.
 """
 
 import atexit
@@ -151,7 +151,7 @@ class Args:
     advantage_scale: Literal["group", "none", "batch"] = "group"
     """std that advantages are divided by: GRPO's, Dr. GRPO's, Lite PPO's (all scores at once)"""
     dynamic_sampling: bool = False
-    """replace groups whose responses are all right or all wrong by new ones (DAPO)"""
+    """replace groups of equal scores, all right or all wrong, by new ones (DAPO)"""
     max_refills: int = 9
     """times that new groups are sampled in an update at most; what is missing then stays in"""
     overlong_filtering: bool = False
@@ -191,7 +191,7 @@ class Args:
 
     def __post_init__(self):
         counts = "batch_size num_minibatches update_epochs eval_samples response_length lora_rank"
-        least = dict.fromkeys(counts.split(), 1) | {"reward_timeout": 0.1, "temperature": 0.01}
+        least = dict.fromkeys(counts.split(), 1) | {"temperature": 0.01, "max_grad_norm": 0.01}
         least |= dict.fromkeys(("kl_coef", "max_refills", "overlong_penalty_tokens"), 0)
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
@@ -206,6 +206,8 @@ class Args:
         judges = bool(self.reward) + bool(self.reward_model)
         if judges > 1 or (self.data and (judges == 0 or not self.model or self.curriculum)):
             raise UserError("--data needs --model, --reward or --reward-model, no --curriculum")
+        if self.curriculum and self.levels[0] == self.levels[1]:
+            raise UserError(f"--curriculum needs several --levels, not {self.levels}")
 
 
 # NETWORKS ========================================================================================
@@ -426,10 +428,7 @@ def score_tokens(policy, reference, batch, args) -> None:
 
 def evaluate(actor, task, baseline, args) -> tuple[dict, dict]:
     # diverges: several responses to each prompt, for pass@k
-    """Held-out prompts, with the same noise at every call. Returns texts, and a summary.
-
-    actor: replica and tokenizer. baseline: the summary of the first call.
-    """
+    """Held-out prompts, same noise at every call: texts, and a summary against the first one's."""
     records = [record for record in task.test for _ in range(args.eval_samples)]
     # PITFALL: equal shares, as a forward of a sharded reward model needs all processes
     mine = share(records + records[: -len(records) % dist.get_world_size()])
@@ -690,15 +689,15 @@ def update(policy, optimizer, batch, args) -> dict[str, float]:
             steps.append(torch.cat([sum_over_processes(total), norm[None]]))
     names = "loss policy_loss kl entropy approx_kl clipfrac_low clipfrac_high sampler_mismatch"
     means = zip([*names.split(), "grad_norm"], torch.stack(steps).mean(0).tolist(), strict=True)
-    return {f"losses/{name}": mean for name, mean in means}
+    return {f"losses/{name}": mean for name, mean in means if name != "kl" or args.kl_coef > 0}
 
 
 def main(args):
+    name = args.model or warm_start(args.task, args.levels, args.task_config)
     rank, world_size, device = setup_process(args.device)
     run_dir = args.run_dir or Path("runs") / f"{Path(__file__).stem}__{args.seed}"
     path = find_checkpoint(run_dir, args.resume)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    name = args.model or warm_start(args.task, args.levels, args.task_config)
     model, tokenizer = load_causal_lm(name, args.trust_remote_code, dtype)
     check_head(model)
     task = (load_prompts if args.data else load_verifiable)(tokenizer, args, model.config)

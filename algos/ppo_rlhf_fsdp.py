@@ -678,10 +678,10 @@ def update(actor_critic, optimizer, batch, args) -> dict[str, float]:
 
 
 def main(args):
+    tiny = None if args.model else prepare(response_tokens=args.response_length)
     rank, world_size, device = setup_process(args.device)
     run_dir = args.run_dir or Path("runs") / f"{Path(__file__).stem}__{args.seed}"
     path = find_checkpoint(run_dir, args.resume)
-    tiny = None if args.model else prepare(response_tokens=args.response_length)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     model, tokenizer = load_causal_lm(args.model or tiny.policy, args.trust_remote_code, dtype)
     check_head(model)

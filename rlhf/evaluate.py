@@ -334,7 +334,7 @@ def plot_training(run_dir: Path) -> Path:
     panels = {
         "reward": {"charts/score": "reward", "charts/gold": "gold reward"},
         "held-out prompts": {key: key.removeprefix("eval/") for key in passes},
-        "KL to the SFT model": {"charts/kl": "KL"},
+        "KL to the first model": {"charts/kl": "of a response", "losses/kl": "of a token"},
         "tokens of a response": {"charts/response_length": "length"},
     }
     panels = {title: lines for title, lines in panels.items() if lines.keys() & series.keys()}

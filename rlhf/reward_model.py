@@ -269,14 +269,12 @@ def train_reward_model(
     bf16: bool = False,
     seed: int = 1,
     progress: bool = True,
-    alone: bool = False,
 ) -> float:
     """Train in place; returns the mean loss over the last tenth of the steps.
 
-    Ranks share each batch, and the gradient is that of one process with the whole batch, unless
-    this rank trains `alone`.
+    Ranks share each batch, and the gradient is that of one process with the whole batch.
     """
-    rank, world = rank_and_world(alone)
+    rank, world = rank_and_world()
     if batch_size % world:
         raise UserError(f"batch_size {batch_size} is not a multiple of the {world} processes")
     if len(pairs) < batch_size:

@@ -68,15 +68,13 @@ def train_sft(
     bf16: bool = False,
     seed: int = 1,
     progress: bool = True,
-    alone: bool = False,
 ) -> float:
     """Train in place; returns the mean loss per token over the last tenth of the steps.
 
     With torch.distributed set up, every rank takes its share of each batch, and the gradient is
     that of one process with the whole batch: sums are divided by the token count over all ranks.
-    alone: this rank trains by itself, whatever the others do.
     """
-    rank, world = rank_and_world(alone)
+    rank, world = rank_and_world()
     if batch_size % world:
         raise UserError(f"batch_size {batch_size} is not a multiple of the {world} processes")
     if len(examples) < batch_size:
@@ -120,10 +118,9 @@ def train_sft(
     return sum(recent) / len(recent)
 
 
-def rank_and_world(alone: bool = False) -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """Rank and number of the processes that work together."""
-    together = dist.is_initialized() and not alone
-    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def sum_gradients(model: nn.Module) -> None:

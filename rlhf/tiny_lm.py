@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import tyro
 
 from rlhf import UserError
@@ -61,8 +62,7 @@ from rlhf.verifiable import demonstrations, settings, verifiable_task
 
 RECIPE_VERSION = 1  # raise it when the code below changes what is prepared
 # Adam remembers 20 steps of squared gradients instead of 1,000: a run has a few hundred in all.
-# Alone: under torchrun the other processes wait for the folder and would not take their share.
-TRAINING = dict(schedule="linear", warmup=0.05, betas=(0.9, 0.95), alone=True)
+TRAINING = dict(schedule="linear", warmup=0.05, betas=(0.9, 0.95))
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,8 @@ def prepared(name: str, make: Callable[[Path], None], cache_dir: str | Path | No
 
     Safe when several processes call it at once, as the ranks of torchrun do: one works, with all
     cores, and the others wait for it.
+    PITFALL: call it before the process group exists. In a group SFT shares its work with processes
+    that wait here, and save_pretrained writes nothing but on rank 0.
     """
     from filelock import FileLock
 
@@ -171,6 +173,8 @@ def prepared(name: str, make: Callable[[Path], None], cache_dir: str | Path | No
     if folder.is_dir():  # a folder gets this name when it is complete
         return folder
     try:
+        if dist.is_initialized():
+            raise RuntimeError("prepare the built-in model before init_process_group")
         root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(root / f".{name}.lock")
         with lock:
@@ -357,11 +361,11 @@ def warm_start(
 
     def make(folder):
         started = time.monotonic()
-        if not quiet:
-            print(f"preparing the built-in model for {task}, once", file=sys.stderr, flush=True)
         size = budget.demonstrations
         problems = verifiable_task(task, levels=levels, config=options, train_size=size)
-        left_out = len(problems.train) // 20 + 1
+        if not quiet:
+            print(f"preparing the built-in model for {task}, once", file=sys.stderr, flush=True)
+        left_out = min(len(problems.train) // 20 + 1, len(problems.train) - 1)
         probe, records = problems.train[:left_out][:100] * 4, problems.train[left_out:]
         records = (records * (size // len(records) + 1))[:size]
         tokenizer = character_tokenizer()

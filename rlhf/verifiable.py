@@ -428,6 +428,8 @@ def load_verifiable(tokenizer, args, config) -> Task:
     `load_prompts` reads. The style follows from the model: short for the built-in one, chat where
     the tokenizer has a template for it, else question.
     """
+    if args.task == "gsm_symbolic" and not args.model:
+        raise UserError("--task gsm_symbolic asks in English: give a --model that reads it")
     style = "short" if not args.model else "chat" if tokenizer.chat_template else "question"
     task = verifiable_task(
         args.task,

@@ -36,7 +36,7 @@ one_and_two = pytest.mark.parametrize("processes", [1, 2], ids=["python", "torch
 
 @functools.cache
 def prepare(module):
-    subprocess.run([sys.executable, "-m", module], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", *module.split()], cwd=ROOT, check=True)
 
 
 def smoke_flags(script, run_dir):
