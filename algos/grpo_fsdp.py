@@ -94,7 +94,7 @@ class Args:
     """generated task, see rlhf/verifiable.py, if there is no --data"""
     task_config: str = "{}"
     """JSON object of settings of reasoning-gym that replace those of the task's levels"""
-    levels: tuple[int, int] = (2, 2)
+    levels: tuple[int, int] = (2, 3)
     """lowest and highest difficulty of the task's prompts, both included"""
     curriculum: bool = False
     """start at the lowest level; up at a success rate over 20 updates of 0.7, down at 0.1"""
@@ -304,14 +304,14 @@ def token_grpo_loss(logprobs, entropy, mb, rows, tokens, args):
     old = mb.get("logprobs", logprobs).detach()
     low, high = args.clip_coef, args.clip_coef_high
     high = low if high is None else high
-    logratio = (logprobs - old) * mask  # a part that does not count has no mask
+    logratio = ((logprobs - old) * mask).clamp(-20, 20)  # a part that does not count has no mask
     ratio = logratio.exp()
     loss = -torch.min(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
     mismatch = (old - mb["sampled_logprobs"]) * mask
     if args.tis_cap is not None:
         loss = loss * mismatch.exp().clamp(max=args.tis_cap)  # eq. (6)
-    x = (mb.get("ref_logprobs", logprobs) - logprobs) * mask
-    k3 = x.clamp(-20, 20).exp() - x.clamp(-20, 20) - 1  # without the bounds exp overflows
+    x = ((mb.get("ref_logprobs", logprobs) - logprobs) * mask).clamp(-20, 20)  # or exp overflows
+    k3 = x.exp() - x - 1
     counts = (args.loss_aggregation, rows, tokens, args.response_length)
     losses = [aggregate(part, mask, *counts) for part in (loss + args.kl_coef * k3, loss)]
     below = (ratio < 1 - low) & (advantages < 0)  # where clipping takes the gradient away
@@ -356,7 +356,7 @@ def respond(replica, tokenizer, records, seed, args) -> list[Response]:
 
 
 def informative(group) -> bool:
-    """Whether the scores of a group differ: if not, its advantages are 0."""
+    """Whether the scores of a group differ: if not, its advantages are 0, but for eq. (5)."""
     return len({score for *_, score in group}) > 1
 
 
@@ -431,7 +431,8 @@ def evaluate(actor, task, baseline, args) -> tuple[dict, dict]:
     """Held-out prompts, same noise at every call: texts, and a summary against the first one's."""
     records = [record for record in task.test for _ in range(args.eval_samples)]
     # PITFALL: equal shares, as a forward of a sharded reward model needs all processes
-    mine = share(records + records[: -len(records) % dist.get_world_size()])
+    size = len(records) + -len(records) % dist.get_world_size()
+    mine = share((records * dist.get_world_size())[:size])
     responses = respond(*actor, mine, args.seed + 10_000 + dist.get_rank(), args)
     texts = [response.text for response in responses]
     judges = [task.reward, task.lenient] if task.lenient else [task.reward]
@@ -713,7 +714,7 @@ def main(args):
     if args.reward_model:
         scorer = load_reward_model(args.reward_model, args.trust_remote_code, dtype)
         shard(scorer[0], mesh, args, frozen=True)
-        task = replace(task, reward=reward_function(*scorer, device))
+        task = replace(task, reward=reward_function(*scorer, device), lenient=None)
     optimizer = torch.optim.Adam(parameters.values(), lr=args.learning_rate, fused=True)
     tensors = sharded_tensors(parameters, optimizer)
     set_seed(args.seed + 100_003 * rank)

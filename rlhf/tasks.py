@@ -465,7 +465,7 @@ def completion_text(value: str | list[dict]) -> str:
 def load_prompts(tokenizer, args, config, task: Task | None = None) -> Task:
     """The task that a training script's flags describe; each record also has its token "ids".
 
-    A given `task` takes the place of what --data names; --reward replaces its reward too.
+    A given `task` takes the place of what --data names; --reward replaces its judges too.
 
     args has the fields data (see `load_records`; None: the built-in stories), data_split,
     eval_split, eval_prompts, prompt_field, prompt_template, reward (see `load_reward`),
@@ -500,8 +500,9 @@ def load_prompts(tokenizer, args, config, task: Task | None = None) -> Task:
             left_out = len(records) - len(short)
             print(f"{left_out} of {len(records)} prompts left out, too long", file=sys.stderr)
         kept.append(short)
-    reward = load_reward(args.reward) if args.reward else task.reward
-    return dataclasses.replace(task, train=kept[0], test=kept[1], reward=reward)
+    if args.reward:
+        task = dataclasses.replace(task, reward=load_reward(args.reward), lenient=None)
+    return dataclasses.replace(task, train=kept[0], test=kept[1])
 
 
 # === REWARDS =====================================================================================

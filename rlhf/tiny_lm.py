@@ -52,7 +52,6 @@ from rlhf.tasks import (
     label_pairs,
     preference_probability,
     prompt_ids,
-    score,
     story_gold,
     story_prompts,
     story_vocabulary,
@@ -308,13 +307,11 @@ class WarmStart:
     than it shows: its likeliest answer is right far more often than its samples.
     """
 
-    demonstrations: int = 8_000
-    """of a round; fewer where the task has fewer problems. Each round makes other errors."""
-    rounds: int = 10
-    """at most"""
-    pass_rate: float = 0.25
-    """pass@1 on problems left out of the rounds, at which it is enough"""
-    slips: float = 0.6
+    demonstrations: int = 16_000
+    """of different problems; where the task has fewer, with several errors each"""
+    epochs: float = 2.0
+    """passes over them"""
+    slips: float = 0.65
     """share of wrong demonstrations"""
     seed: int = 1
     """of weights, problems and errors"""
@@ -365,34 +362,26 @@ def warm_start(
         problems = verifiable_task(task, levels=levels, config=options, train_size=size)
         if not quiet:
             print(f"preparing the built-in model for {task}, once", file=sys.stderr, flush=True)
-        left_out = min(len(problems.train) // 20 + 1, len(problems.train) - 1)
-        probe, records = problems.train[:left_out][:100] * 4, problems.train[left_out:]
-        records = (records * (size // len(records) + 1))[:size]
+        records = (problems.train * (size // len(problems.train) + 1))[:size]
+        texts = demonstrations(problems, records, budget.seed, budget.slips)
         tokenizer = character_tokenizer()
         model = build_model(tokenizer, budget.seed)
-        for number in range(budget.rounds):
-            texts = demonstrations(problems, records, budget.seed + number, budget.slips)
-            loss = train_sft(
-                model,
-                encode(tokenizer, [record["prompt"] for record in records], texts),
-                learning_rate=1.5e-3,
-                batch_size=64,
-                **TRAINING,
-                seed=budget.seed + number,
-                progress=not quiet,
-            )
-            prompts = [record["prompt"] for record in probe]
-            texts, _ = sample_rows(model, tokenizer, prompts, 64, batch_size=512)
-            rate = statistics.mean(score(problems.reward, probe, texts))
-            if rate >= budget.pass_rate:
-                break
+        loss = train_sft(
+            model,
+            encode(tokenizer, [record["prompt"] for record in records], texts),
+            epochs=budget.epochs,
+            learning_rate=1.5e-3,
+            batch_size=64,
+            **TRAINING,
+            seed=budget.seed,
+            progress=not quiet,
+        )
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if not quiet:
             seconds = time.monotonic() - started
             print(
-                f"SFT on {number + 1} x {size} demonstrations: loss {loss:.3f}, pass@1 {rate:.3f}; "
-                f"{seconds:.0f} s",
+                f"SFT on {size} demonstrations: loss {loss:.3f}; {seconds:.0f} s",
                 file=sys.stderr,
                 flush=True,
             )
@@ -418,7 +407,7 @@ class Args:
     """print nothing but the folders"""
     task: str | None = None
     """a verifiable task: prepares its warm-started model instead, and nothing for stories"""
-    levels: tuple[int, int] = (2, 2)
+    levels: tuple[int, int] = (2, 3)
     """lowest and highest level of the task"""
     task_config: str = "{}"
     """JSON object of settings of reasoning-gym that replace those of the levels"""

@@ -439,7 +439,11 @@ def load_verifiable(tokenizer, args, config) -> Task:
         few_shot=args.few_shot,
         test_size=args.eval_prompts,
     )
-    return load_prompts(tokenizer, args, config, task)
+    task = load_prompts(tokenizer, args, config, task)
+    missing = set(range(args.levels[0], args.levels[1] + 1)) - {r["level"] for r in task.train}
+    if missing:
+        raise UserError(f"level {min(missing)} of {args.task} has no prompt that is short enough")
+    return task
 
 
 def settings(text: str) -> dict:

@@ -70,6 +70,51 @@ CASES = {
             "--device cuda": "--device cpu",
         },
     ),
+    "grpo_fsdp": Case(
+        smoke="--total-episodes 640 --batch-size 32 --group-size 4 --dynamic-sampling --curriculum "
+        "--num-minibatches 2 --response-length 12 --eval-prompts 8 --eval-samples 4 --eval-every 8",
+        changed="--group-size 8",
+        learning="--total-episodes 6400 --eval-prompts 100 --eval-samples 8",
+        score=("eval/pass@1", 0.55),
+        processes=2,
+        prepare="rlhf.tiny_lm --task number_sorting --levels 2 3",
+        bad={
+            "--batch-size 0": "--batch-size 0",
+            "--group-size 1": "--group-size 1",
+            "--group-size 64": "--batch-size 32",  # which cannot hold the group
+            "--num-minibatches 5": "(5)",
+            "--total-episodes 8": "--total-episodes 8",
+            "--temperature 0": "temperature",
+            "--kl-coef -1": "kl-coef",
+            "--task nope": "unknown task 'nope'",
+            "--levels 2 99": "levels 2 to 99",
+            "--task-config {": "--task-config {",
+            "--max-prompt-tokens 3": "--max-prompt-tokens",
+            "--response-length 250": "every prompt has over 6 tokens",  # of 256 positions
+            "--reward nowhere:f": "nowhere",
+            "--data x.jsonl": "--data needs",
+            "--model no/folder/here": "no/folder/here",
+            "--device cuda": "--device cpu",
+        },
+    ),
+    "rft_fsdp": Case(
+        smoke="--response-length 12 --total-episodes 320 --batch-size 16 --eval-prompts 16 "
+        "--eval-samples 4 --eval-every 8",  # some numbers to sort need more than 12 tokens
+        changed="--temperature 0.9",
+        learning="--total-episodes 5120 --source policy",  # from 0.29; seed 1 reached 0.67
+        score=("eval/pass@1", 0.5),
+        prepare="rlhf.tiny_lm --task number_sorting --levels 2 3",
+        bad={
+            "--batch-size 0": "--batch-size 0",
+            "--group-size 3": "--group-size 3",
+            "--total-episodes 4": "--total-episodes 4",
+            "--temperature 0": "temperature",
+            "--source demonstrations --model x": "--source demonstrations",
+            "--model no/folder/here --data x.jsonl --reward x:y": "no/folder/here",
+            "--curriculum": "--levels",
+            "--device cuda": "--device cpu",
+        },
+    ),
 }
 
 

@@ -140,9 +140,18 @@ def test_good_file(tmp_path):
     assert paper.claim_envs(last) == [""]
 
 
+def test_defaults_of_runs(tmp_path):
+    text = GOOD.replace("[[runs]]", '[defaults]\nprepare = "x"\nsmoke = "--seed 5"\n\n[[runs]]', 1)
+    paper = read(tmp_path, text)
+    assert [run.prepare for run in paper.runs] == ["x", "x", "rlhf.tiny_lm"]
+    assert paper.run("old").flags("smoke") == ["--seed", "5"]
+    assert paper.run("text").flags("smoke") == [], "an own empty string stays"
+
+
 # What is changed in GOOD, and words of the one line that answers it.
 BAD = {
     "typo": ('title = "A Paper"', 'title = "A Paper', "line 3"),
+    "unknown default": ("[[runs]]", "[defaults]\nstep = 1\n[[runs]]", "runs 1 step: unknown key"),
     "no TOML at all": ("[paper]", "paper:", "line 2"),
     "unclosed flags": ("--run-dir 'a b'", "--run-dir 'a b", "run 'new', flags: No closing quot"),
     "unknown key": ("envs = [", "environments = [", "runs 1 environments: unknown key"),

@@ -28,13 +28,14 @@ from rlhf.reward_model import (
     pair_accuracy,
     pair_rows,
     pairwise_loss,
+    reward_function,
     sample_rows,
     score_rows,
     score_texts,
     train_reward_model,
 )
 from rlhf.sft import save_folder
-from rlhf.tasks import prompt_ids, story_prompts, write_stories
+from rlhf.tasks import prompt_ids, score_together, story_prompts, write_stories
 from rlhf.tiny_lm import build_tokenizer
 
 SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
@@ -135,6 +136,30 @@ def test_number_of_forwards_depends_on_the_number_of_texts_only(judge):
         score_rows(model, rows, batch_size=4)
         assert len(calls) == 3
     handle.remove()
+
+
+def test_as_a_reward_function(judge):
+    """It scores like score_texts, whatever the time limit: none may stop a collective call."""
+    model, tokenizer = judge
+    prompts, stories = texts_of(5)
+    reward = reward_function(model, tokenizer, torch.device("cpu"))
+    assert reward.collective
+    wanted = score_texts(model, tokenizer, prompts, stories).tolist()
+    assert reward(prompts, stories) == wanted
+    records = [{"prompt": prompt, "ids": [1], "level": 3} for prompt in prompts]
+    assert score_together(reward, records, stories, timeout=1e-6) == wanted
+
+
+def test_as_a_reward_function_of_chats(judge):
+    """A chat reaches the reward model as messages, for its own template."""
+    model, tokenizer = judge[0], copy.deepcopy(judge[1])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    reward = reward_function(model, tokenizer, torch.device("cpu"))
+    chat = [{"role": "user", "content": "mira"}, {"role": "user", "content": "the ring"}]
+    row = tokenizer("mira the ring", add_special_tokens=False)["input_ids"]
+    row += tokenizer("she", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    found = score_together(reward, [{"prompt": chat, "ids": [1]}], ["she"])
+    assert found == pytest.approx(score_rows(model, [row]).tolist())
 
 
 def test_normalisation(judge):

@@ -1,7 +1,9 @@
 """The built-in model: tokenizer, folders, one preparation for many processes."""
 
+import contextlib
 import json
 import os
+import string
 import subprocess
 import sys
 
@@ -18,15 +20,20 @@ from rlhf.reward_model import load_reward_model, sample_rows, score_rows
 from rlhf.tasks import pad_token_id, prompt_ids, story_prompts, story_vocabulary, write_stories
 from rlhf.tiny_lm import (
     Budget,
+    WarmStart,
     all_cores,
     build_model,
     build_tokenizer,
+    character_tokenizer,
     encode,
     prepare,
     recipe_hash,
+    warm_start,
 )
+from rlhf.verifiable import NAMES, demonstrations, verifiable_task
 
 SMALL = Budget(careful_stories=32, stories=64, pairs=32, test_pairs=16)
+FEW = WarmStart(demonstrations=128, epochs=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +137,140 @@ def test_failed_preparation_leaves_nothing(tmp_path, monkeypatch):
         prepare(tmp_path / "file", quiet=True, budget=SMALL)
     with pytest.raises(UserError, match=">= 20"):
         prepare(tmp_path, 12, quiet=True, budget=SMALL)
+
+
+# === WARM START ==================================================================================
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "gsm_symbolic"])
+def test_character_tokenizer_round_trip(name):
+    """All that is asked and answered, but for the pound signs in the stories of gsm_symbolic."""
+    tokenizer = character_tokenizer()
+    task = verifiable_task(name, train_size=50, test_size=10)
+    prompts = [record["prompt"] for record in task.train]
+    for text in [*prompts, *demonstrations(task, task.train, 1, 0.5)]:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert len(ids) == len(text) and tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids) == text
+        ended = [*ids, tokenizer.eos_token_id]
+        assert tokenizer.decode(ended, skip_special_tokens=True) == text
+        assert prompt_ids(tokenizer, text) == [tokenizer.bos_token_id, *ids]
+
+
+def test_character_tokenizer_by_itself(tmp_path):
+    tokenizer = character_tokenizer()
+    special = "pad_token_id eos_token_id bos_token_id unk_token_id".split()
+    assert len({getattr(tokenizer, name) for name in special}) == 4
+    assert len(tokenizer) == 4 + 95 and pad_token_id(tokenizer) == tokenizer.pad_token_id
+    visible = "".join(c for c in string.printable if c.isprintable())
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    for text in (visible, "  two  spaces ", "a , b ?", "(1+2)*3", " '"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert again(text, add_special_tokens=False)["input_ids"] == ids
+        assert tokenizer.decode(ids) == again.decode(ids) == text
+    assert tokenizer("\u00e9", add_special_tokens=False)["input_ids"] == [tokenizer.unk_token_id]
+
+
+@pytest.fixture
+def one_core(monkeypatch):
+    """Threads that wait for each other make such small work slow where other tests run too."""
+    monkeypatch.setattr("rlhf.tiny_lm.all_cores", contextlib.nullcontext)
+
+
+def test_warm_start_is_made_once(tmp_path, monkeypatch, capsys, one_core):
+    arguments = dict(cache_dir=tmp_path, quiet=True, budget=FEW)
+    folder = warm_start("chain_sum", (0, 1), **arguments)
+    assert "preparing" not in "".join(capsys.readouterr())
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert len(AutoTokenizer.from_pretrained(folder)) == model.config.vocab_size
+    calls = []
+    monkeypatch.setattr("rlhf.tiny_lm.train_sft", lambda *_, **__: calls.append(1) or 0.0)
+    assert warm_start("chain_sum", (0, 1), **arguments) == folder and not calls
+    others = [
+        warm_start("chain_sum", (0, 0), **arguments),
+        warm_start("products", (0, 1), **arguments),
+        warm_start("chain_sum", (0, 1), '{"allow_negation": true}', **arguments),
+        warm_start("chain_sum", (0, 1), **arguments | {"budget": WarmStart(64, 1.0)}),
+    ]
+    assert len({folder, *others}) == 5 and len(calls) == 4
+    assert {path for path in tmp_path.iterdir() if path.is_dir()} == {folder, *others}
+
+
+def test_warm_start_shows_a_small_world_several_times(tmp_path, monkeypatch, one_core):
+    """The sums of two digits are 90 or so: as many demonstrations all the same."""
+    shown = []
+
+    def train(model, examples, **_):
+        shown.extend((tuple(prompt), tuple(answer)) for prompt, answer in examples)
+        return 0.0
+
+    monkeypatch.setattr("rlhf.tiny_lm.train_sft", train)
+    budget = WarmStart(demonstrations=1000)
+    warm_start("chain_sum", (0, 0), cache_dir=tmp_path, quiet=True, budget=budget)
+    prompts = {prompt for prompt, _ in shown}
+    assert len(shown) == 1000 and len(prompts) < 300
+    assert len(set(shown)) > len(prompts), "with other errors"
+
+
+@pytest.mark.parametrize(
+    ("task", "levels", "config", "message"),
+    [
+        ("nope", (0, 0), "{}", "unknown task 'nope'"),
+        ("chain_sum", (0, 99), "{}", "levels 0 to 99"),
+        ("chain_sum", (0, 0), "{", "not valid JSON"),
+        ("chain_sum", (0, 0), '{"nope": 1}', "no configuration field 'nope'"),
+    ],
+)
+def test_warm_start_that_cannot_be(task, levels, config, message, tmp_path, capsys, one_core):
+    """One line, which is not that a preparation starts; nothing stays behind."""
+    with pytest.raises(UserError, match=message):
+        warm_start(task, levels, config, tmp_path, budget=FEW)
+    assert capsys.readouterr() == ("", "")
+    assert not any(entry.is_dir() for entry in tmp_path.iterdir())
+
+
+UNDER_TORCHRUN = """
+import contextlib, functools, importlib, os, sys, time
+from pathlib import Path
+from rlhf import tiny_lm
+from tests.test_tiny_lm import FEW, SMALL
+name, folder = sys.argv[1], Path(sys.argv[2])
+script = importlib.import_module(f"algos.{name}")
+tiny_lm.all_cores = contextlib.nullcontext
+options = dict(cache_dir=folder / "cache", quiet=True)
+def late(make, *arguments, **more):
+    time.sleep(3 * (os.environ["RANK"] == "0"))
+    return make(*arguments, **more, **options)
+settings = dict(total_episodes=8, batch_size=8, eval_prompts=4, run_dir=folder / "run")
+if name == "grpo_fsdp":
+    options["budget"] = FEW
+    script.warm_start = functools.partial(late, script.warm_start)
+    settings |= dict(task="chain_sum", levels=(0, 0), group_size=4, eval_samples=2)
+else:
+    options["budget"] = SMALL
+    script.prepare = functools.partial(late, script.prepare)
+script.main(script.Args(**settings))
+"""
+
+
+@pytest.mark.parametrize("script", ["grpo_fsdp", "ppo_rlhf_fsdp"])
+def test_scripts_prepare_under_torchrun(script, tmp_path):
+    """The first run on a machine, by two processes, of which that of rank 1 gets the lock.
+
+    PITFALL: in a process group a training that shares its batches waits for the others for ever, as
+    they wait for the lock; and save_pretrained writes a model on rank 0 only.
+    """
+    (tmp_path / "two.py").write_text(UNDER_TORCHRUN)
+    command = ["timeout", "90", sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", str(tmp_path / "two.py"), script, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = (entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir())
+    folder = folder / "policy" if script == "ppo_rlhf_fsdp" else folder
+    AutoModelForCausalLM.from_pretrained(folder)
+    assert (tmp_path / "run" / "policy").is_dir()
 
 
 # === SFT =========================================================================================
