@@ -98,10 +98,10 @@ CASES = {
         },
     ),
     "rft_fsdp": Case(
-        smoke="--response-length 12 --total-episodes 320 --batch-size 16 --eval-prompts 16 "
-        "--eval-samples 4 --eval-every 8",  # some numbers to sort need more than 12 tokens
+        smoke="--total-episodes 320 --batch-size 16 --group-size 4 --curriculum "
+        "--response-length 12 --eval-prompts 16 --eval-samples 4 --eval-every 8",
         changed="--temperature 0.9",
-        learning="--total-episodes 5120 --source policy",  # from 0.29; seed 1 reached 0.67
+        learning="--total-episodes 5120 --source policy",
         score=("eval/pass@1", 0.5),
         prepare="rlhf.tiny_lm --task number_sorting --levels 2 3",
         bad={
@@ -110,8 +110,8 @@ CASES = {
             "--total-episodes 4": "--total-episodes 4",
             "--temperature 0": "temperature",
             "--source demonstrations --model x": "--source demonstrations",
-            "--model no/folder/here --data x.jsonl --reward x:y": "no/folder/here",
-            "--curriculum": "--levels",
+            "--model no/folder/here": "no/folder/here",
+            "--levels 2 2": "--curriculum",
             "--device cuda": "--device cpu",
         },
     ),
