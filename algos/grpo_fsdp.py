@@ -136,7 +136,7 @@ class Args:
     """minibatches of an epoch"""
     update_epochs: int = 1
     """passes over the responses of an update"""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     """Adam step size, constant; the paper: 1e-6"""
     warmup_updates: int = 0
     """updates in which the step size rises linearly; DAPO: 20"""

@@ -149,7 +149,7 @@ class Args:
     """minibatches of an epoch"""
     update_epochs: int = 1
     """passes over the kept responses of an update; the paper's code: 3 over all"""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     """Adam step size, constant; the paper's code: 2e-5, falling"""
     warmup_updates: int = 0
     """updates in which the step size rises linearly; the paper's code: 3 % of them"""

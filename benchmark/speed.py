@@ -22,7 +22,6 @@ import os
 import random
 import re
 import statistics
-import string
 import subprocess
 import sys
 import tempfile
@@ -45,6 +44,7 @@ from transformers.utils import logging as transformers_logging
 from rlhf import UserError
 from rlhf.logprobs import completion_logprobs
 from rlhf.sampler import generate
+from rlhf.tiny_lm import character_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / "benchmark" / "peers"
@@ -376,8 +376,8 @@ def ppo(
 
 # ---------------------------------------------------------------------------------- GRPO
 
-PARTS = ("generate", "reward", "score", "update")
-RESPONSES, GROUP, RESPONSE_LENGTH, PROMPT_LENGTH = 64, 8, 64, 9  # of a step; tokens at most
+PARTS = ("generate", "score", "update")
+RESPONSES, GROUP, RESPONSE_LENGTH, PROMPT_LENGTH = 64, 8, 64, 10  # of a step; tokens at most
 WARM_UP_STEPS = 2
 
 
@@ -387,26 +387,11 @@ def answer_share(prompts, completions, answer, **columns):
     return [sum(c in wanted for c in text) / max(len(text), 1) for text, wanted in pairs]
 
 
-def character_tokenizer():
-    """One token a character, as build_tokenizer of rlhf/tiny_lm.py has one a word; no BOS."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokens = ["<pad>", "<eos>", "<unk>", *string.digits, *string.ascii_letters, *"+-="]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()  # without blanks between tokens
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
-
-
 def grpo_inputs(folder: Path, seed: int = 1) -> None:
     """Write model/, prompts.jsonl and reward.py, which both sides read.
 
-    The weights are random, so that every token is about as likely as any other: with 68 of them a
-    response ends by EOS after 68 tokens on average or is cut at 64, and lengths are ragged.
+    The weights are random, so that every token is about as likely as any other: of 99 one is EOS,
+    half of the responses end before they are cut at 64 tokens, and lengths are ragged.
     """
     torch.manual_seed(seed)
     tokenizer = character_tokenizer()
@@ -420,7 +405,7 @@ def grpo_inputs(folder: Path, seed: int = 1) -> None:
         max_position_embeddings=256,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
+        bos_token_id=tokenizer.bos_token_id,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -484,7 +469,8 @@ def grpo(
     pairs: int = 5,
     steps: int = 8,
     threads: int = 1,
-    micro_batch: int = 64,
+    micro_batch: int = 8,
+    peer_micro_batch: int = 64,
 ) -> None:
     """Seconds of a completion token and peak memory of grpo_fsdp.py against TRL's GRPOTrainer.
 
@@ -497,17 +483,19 @@ def grpo(
         pairs: Alternating runs of each side.
         steps: Steps of a run.
         threads: CPU threads of torch.
-        micro_batch: Responses in one forward and backward pass, on both sides.
+        micro_batch: Responses in one forward and backward pass of ours.
+        peer_micro_batch: The same, of the peer; 64 is its fastest, 16 as fast with less memory.
     """
     if steps < WARM_UP_STEPS + 2:
         raise UserError(f"--steps {steps}: at least {WARM_UP_STEPS + 2}, as two are warm-up")
-    if micro_batch < 1 or RESPONSES % micro_batch:
-        raise UserError(f"--micro-batch {micro_batch}: want a divisor of {RESPONSES}")
+    for flag, rows in (("micro-batch", micro_batch), ("peer-micro-batch", peer_micro_batch)):
+        if rows < 1 or RESPONSES % rows:
+            raise UserError(f"--{flag} {rows}: want a divisor of {RESPONSES}")
     python, inputs = peers_python(), ["--model", "model", "--data", "prompts.jsonl"]
     inputs += ["--reward", "reward.py:answer_share"]
     ours = [str(ROOT / "algos" / "grpo_fsdp.py"), *inputs, *grpo_flags(steps, micro_batch)]
     theirs = [str(PEERS / "trl_grpo.py"), *inputs, "--steps", str(steps)]
-    theirs += ["--threads", str(threads), "--micro-batch", str(micro_batch)]
+    theirs += ["--threads", str(threads), "--micro-batch", str(peer_micro_batch)]
     transformers_logging.disable_progress_bar()  # of writing the model
     costs, peaks, lengths = ({"ours": [], peer: []} for _ in range(3))
     for _ in range(pairs):
@@ -529,7 +517,8 @@ def grpo(
     memory = [b / a for a, b in zip(*peaks.values(), strict=True)]
     print(
         f"{peer} / ours: time of a completion token {spread(ratios)}, peak memory {spread(memory)} "
-        f"over {pairs} pairs; Llama 6 x 256, {threads} threads, {micro_batch} rows a micro-batch"
+        f"over {pairs} pairs; Llama 6 x 256, {threads} threads, micro-batches of {micro_batch} and "
+        f"{peer_micro_batch} responses"
     )
     for side, found in costs.items():
         rate = statistics.median(1 / cost["seconds"] for cost in found)

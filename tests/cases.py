@@ -74,7 +74,7 @@ CASES = {
         smoke="--total-episodes 640 --batch-size 32 --group-size 4 --dynamic-sampling --curriculum "
         "--num-minibatches 2 --response-length 12 --eval-prompts 8 --eval-samples 4 --eval-every 8",
         changed="--group-size 8",
-        learning="--total-episodes 6400 --eval-prompts 100 --eval-samples 8",
+        learning="--total-episodes 6400 --learning-rate 3e-4 --eval-prompts 100 --eval-samples 8",
         score=("eval/pass@1", 0.55),
         processes=2,
         prepare="rlhf.tiny_lm --task number_sorting --levels 2 3",
@@ -101,7 +101,7 @@ CASES = {
         smoke="--total-episodes 320 --batch-size 16 --group-size 4 --curriculum "
         "--response-length 12 --eval-prompts 16 --eval-samples 4 --eval-every 8",
         changed="--temperature 0.9",
-        learning="--total-episodes 5120 --source policy",
+        learning="--total-episodes 5120 --learning-rate 3e-4 --source policy",
         score=("eval/pass@1", 0.5),
         prepare="rlhf.tiny_lm --task number_sorting --levels 2 3",
         bad={

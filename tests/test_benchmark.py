@@ -933,11 +933,7 @@ def test_speed_grpo_refuses(words, reason, tmp_path, monkeypatch):
         speed.main(words.split())
 
 
-def test_prompts_and_reward_of_speed_grpo():
-    tokenizer = speed.character_tokenizer()
-    ids = tokenizer("12+45-7=")["input_ids"]
-    assert len(ids) == 8 and tokenizer.unk_token_id not in ids
-    assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == "12+45-7="
+def test_reward_of_speed_grpo():
     assert speed.answer_share(["", ""], ["a50b", ""], ["50", "1"], level=[1, 2]) == [0.5, 0.0]
 
 

@@ -123,7 +123,6 @@ if __name__ == "__main__":
             callbacks=[steps := Steps()],
         )
         generate, generated = time_calls(trainer, "_generate")
-        reward, _ = time_calls(trainer, "_calculate_rewards")
         rollout, _ = time_calls(trainer, "_generate_and_score_completions")
         loaded = resident_bytes("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
@@ -134,8 +133,7 @@ if __name__ == "__main__":
         "seconds": seconds,
         "tokens": [sum(map(len, completions)) for _, completions, *_ in generated],
         "generate": generate,
-        "reward": reward,
-        "score": [c - b - a for a, b, c in zip(generate, reward, rollout, strict=True)],
+        "score": [b - a for a, b in zip(generate, rollout, strict=True)],
         "update": [b - a for a, b in zip(rollout, seconds, strict=True)],
         "peak": resident_bytes("VmHWM") - loaded,
     }
