@@ -161,7 +161,7 @@ def prepared(name: str, make: Callable[[Path], None], cache_dir: str | Path | No
     """The folder `name` of the cache; where it is missing, `make` fills a new one.
 
     Safe when several processes call it at once, as the ranks of torchrun do: one works, with all
-    cores, and the others wait for it.
+    idle cores, and the others wait for it, for other folders too.
     PITFALL: call it before the process group exists. In a group SFT shares its work with processes
     that wait here, and save_pretrained writes nothing but on rank 0.
     """
@@ -175,14 +175,14 @@ def prepared(name: str, make: Callable[[Path], None], cache_dir: str | Path | No
         if dist.is_initialized():
             raise RuntimeError("prepare the built-in model before init_process_group")
         root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(root / f".{name}.lock")
+        lock = FileLock(root / ".prepare.lock")
         with lock:
             if not folder.is_dir():
                 for left_over in root.glob(f".{name}.*.tmp"):
                     shutil.rmtree(left_over)  # of a process that was killed: we hold the lock
                 temporary = root / f".{name}.{os.getpid()}.tmp"
                 try:
-                    with all_cores():
+                    with idle_cores():
                         make(temporary)
                     temporary.rename(folder)
                 finally:
@@ -202,11 +202,15 @@ def recipe_hash(response_tokens: int, budget: Budget) -> str:
 
 
 @contextlib.contextmanager
-def all_cores():
-    """Use every core that this process may use; torchrun sets OMP_NUM_THREADS=1."""
+def idle_cores():
+    """Use the cores that nobody else works on; torchrun sets OMP_NUM_THREADS=1.
+
+    Threads that wait for each other on a busy machine make small matrices twenty times slower.
+    """
     before = torch.get_num_threads()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(min(usable or 1, 8))  # more threads than this slow such small matrices
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
+    torch.set_num_threads(max(1, min(round((usable or 1) - busy), 8)))  # more slow these matrices
     try:
         yield
     finally:
