@@ -606,10 +606,12 @@ def score(
     Columns that the function does not name are passed only if it takes **kwargs. `timeout` is in
     seconds, for the whole call (see `time_limit`).
     """
+    collective = getattr(reward, "collective", False)  # a reward model: all processes call it
+    timeout = None if collective else timeout
     if timeout is not None and not 0 < timeout < math.inf:
         raise UserError(f"a reward cannot have {timeout} seconds (--reward-timeout)")
     prompts = [record["prompt"] for record in records]
-    if not getattr(reward, "collective", False):  # a reward model reads chats by its own template
+    if not collective:  # a reward model reads chats by its own template
         prompts = [prompt_text(prompt) for prompt in prompts]
     reserved = {"prompt", "prompts", "completion", "completions", "ids"}
     names = dict.fromkeys(name for record in records for name in record if name not in reserved)
@@ -679,8 +681,7 @@ def score_together(
     Otherwise one process would end with a clear line, and the others with a lost connection.
     """
     try:
-        limit = None if getattr(reward, "collective", False) else timeout
-        scores, error = score(reward, records, completions, limit), None
+        scores, error = score(reward, records, completions, timeout), None
     except UserError as caught:
         scores, error = [], str(caught)
     if dist.is_initialized():

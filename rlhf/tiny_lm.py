@@ -88,17 +88,18 @@ class Budget:
     """of weights, stories, samples and labels"""
 
 
-def build_tokenizer():
-    """One token a word. Decoded text encodes to the same ids; PAD, EOS and BOS are three tokens."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+def fast_tokenizer(words: Sequence[str], pre_tokenizer, decoder=None):
+    """One token a word of this list; PAD, EOS and BOS are three more. Texts start by BOS."""
+    from tokenizers import Tokenizer, models, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<pad>", "<eos>", "<bos>", "<unk>", *story_vocabulary()]
-    words_to_ids = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(words_to_ids, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    ids = {word: i for i, word in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizer
+    if decoder is not None:
+        tokenizer.decoder = decoder
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", words_to_ids["<bos>"])]
+        single="<bos> $A", special_tokens=[("<bos>", ids["<bos>"])]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -108,6 +109,13 @@ def build_tokenizer():
         unk_token="<unk>",
         clean_up_tokenization_spaces=False,
     )
+
+
+def build_tokenizer():
+    """One token a word of the stories. Decoded text encodes to the same ids."""
+    from tokenizers import pre_tokenizers
+
+    return fast_tokenizer(story_vocabulary(), pre_tokenizers.WhitespaceSplit())
 
 
 def build_model(tokenizer, seed: int = 1, max_positions: int = 256):
@@ -322,26 +330,11 @@ class WarmStart:
 
 
 def character_tokenizer():
-    """One token a printable ASCII character; PAD, EOS and BOS are three more."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+    """One token a printable ASCII character."""
+    from tokenizers import Regex, decoders, pre_tokenizers
 
     letters = [c for c in string.printable if c.isprintable()]
-    ids = {word: i for i, word in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *letters])}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", ids["<bos>"])]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        bos_token="<bos>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
+    return fast_tokenizer(letters, pre_tokenizers.Split(Regex("."), "isolated"), decoders.Fuse())
 
 
 def warm_start(
