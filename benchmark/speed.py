@@ -471,6 +471,7 @@ def grpo(
     threads: int = 1,
     micro_batch: int = 8,
     peer_micro_batch: int = 64,
+    bf16: bool = False,
 ) -> None:
     """Seconds of a completion token and peak memory of grpo_fsdp.py against TRL's GRPOTrainer.
 
@@ -485,6 +486,7 @@ def grpo(
         threads: CPU threads of torch.
         micro_batch: Responses in one forward and backward pass of ours.
         peer_micro_batch: The same, of the peer; 64 is its fastest, 16 as fast with less memory.
+        bf16: Both compute in bfloat16, with weights and optimizer in float32.
     """
     if steps < WARM_UP_STEPS + 2:
         raise UserError(f"--steps {steps}: at least {WARM_UP_STEPS + 2}, as two are warm-up")
@@ -494,8 +496,10 @@ def grpo(
     python, inputs = peers_python(), ["--model", "model", "--data", "prompts.jsonl"]
     inputs += ["--reward", "reward.py:answer_share"]
     ours = [str(ROOT / "algos" / "grpo_fsdp.py"), *inputs, *grpo_flags(steps, micro_batch)]
+    ours += ["--bf16"] * bf16
     theirs = [str(PEERS / "trl_grpo.py"), *inputs, "--steps", str(steps)]
     theirs += ["--threads", str(threads), "--micro-batch", str(peer_micro_batch)]
+    theirs += ["--bf16"] * bf16
     transformers_logging.disable_progress_bar()  # of writing the model
     costs, peaks, lengths = ({"ours": [], peer: []} for _ in range(3))
     for _ in range(pairs):
@@ -513,12 +517,13 @@ def grpo(
         rates = {side: 1 / found[-1]["seconds"] for side, found in costs.items()}
         print("  ".join(f"{side} {rate:.0f} tokens/s" for side, rate in rates.items()), flush=True)
 
+    kind = "bfloat16" if bf16 else "float32"
     ratios = [b["seconds"] / a["seconds"] for a, b in zip(*costs.values(), strict=True)]
     memory = [b / a for a, b in zip(*peaks.values(), strict=True)]
     print(
         f"{peer} / ours: time of a completion token {spread(ratios)}, peak memory {spread(memory)} "
-        f"over {pairs} pairs; Llama 6 x 256, {threads} threads, micro-batches of {micro_batch} and "
-        f"{peer_micro_batch} responses"
+        f"over {pairs} pairs; Llama 6 x 256, {kind}, {threads} threads, micro-batches of "
+        f"{micro_batch} and {peer_micro_batch} responses"
     )
     for side, found in costs.items():
         rate = statistics.median(1 / cost["seconds"] for cost in found)

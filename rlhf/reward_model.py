@@ -117,6 +117,8 @@ def load_reward_model(
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging as hf_logging
 
+    from rlhf.attention import choose_attention
+
     verbosity = hf_logging.get_verbosity()
     if new_head:
         hf_logging.set_verbosity_error()  # it would report at length that the head is new
@@ -134,6 +136,7 @@ def load_reward_model(
         raise UserError(f"cannot load a reward model from '{name}': {reason}") from error
     finally:
         hf_logging.set_verbosity(verbosity)
+    choose_attention(model)
     score_model = ScoreModel(model)
     score_model.eval()
     if new_head:

@@ -193,6 +193,8 @@ def load_causal_lm(name: str, trust_remote_code: bool = False, dtype=torch.float
     """(model, tokenizer) of a Hugging Face causal LM by name or folder, or a UserError."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from rlhf.attention import choose_attention
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
@@ -201,6 +203,7 @@ def load_causal_lm(name: str, trust_remote_code: bool = False, dtype=torch.float
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"cannot load a causal language model from '{name}': {reason}") from error
+    choose_attention(model)
     return model, tokenizer
 
 
