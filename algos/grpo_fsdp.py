@@ -1,8 +1,7 @@
 """Group relative policy optimization (GRPO) of a language model on verifiable tasks, with FSDP.
 
 Papers: DeepSeekMath (GRPO), Shao et al., 2024, arXiv 2402.03300. Options from DAPO, arXiv
-2503.14476, Dr. GRPO, arXiv 2503.20783, Lite PPO, arXiv 2508.08221, and truncated importance
-sampling (TIS), Yao et al., blog, 2025.
+2503.14476, Dr. GRPO, arXiv 2503.20783, Lite PPO, arXiv 2508.08221, and TIS, Yao et al., blog, 2025.
 Parent: algos/ppo_rlhf_fsdp.py
 The critic goes: G responses y_1 .. y_G to one prompt are each other's baseline, and the KL penalty
 moves from the reward into the loss. R_i is the score of y_i, the same for all its tokens t:
@@ -26,8 +25,7 @@ Differs from the paper: scores of whole answers only; one outer iteration, so th
     built-in rewards are rules, not a model; eps, not given there, is PPO's 0.2.
 Differs from the authors' code: none known; it was not released.
 
-Shapes: B responses of this process, P groups of G, T tokens of the longest, L columns of prompt and
-response, M rows of a micro-batch.
+Shapes: B responses of a process, P groups of G, T tokens, L columns, M rows of a micro-batch.
 """
 
 import atexit
@@ -166,6 +164,8 @@ class Args:
     """bound on the gradient norm"""
     bf16: bool = False
     """compute in bfloat16; master weights and optimizer stay float32"""
+    cache_gb: float = 4.0
+    """gigabytes of keys and values in sampling, on each process; responses beyond them wait"""
     micro_batch_tokens: int = 16_384
     """tokens, with padding, that one forward and backward holds on a process"""
     activation_checkpointing: bool = False
@@ -192,7 +192,7 @@ class Args:
     def __post_init__(self):
         counts = "batch_size num_minibatches update_epochs eval_samples response_length lora_rank"
         least = dict.fromkeys(counts.split(), 1) | {"temperature": 0.01, "max_grad_norm": 0.01}
-        least |= dict.fromkeys(("kl_coef", "max_refills", "overlong_penalty_tokens"), 0)
+        least |= dict.fromkeys(("kl_coef", "max_refills", "overlong_penalty_tokens", "cache_gb"), 0)
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
                 what = f"--{name.replace('_', '-')} {getattr(self, name)}"
@@ -350,6 +350,7 @@ def respond(replica, tokenizer, records, seed, args) -> list[Response]:
         stop_ids=stop_token_ids(tokenizer, args.stop),
         pad_id=pad_token_id(tokenizer),
         temperature=args.temperature,
+        cache_gb=args.cache_gb,
         generator=torch.Generator(replica.device).manual_seed(seed),
     )
     return split(completions, response_texts(tokenizer, completions))
@@ -764,11 +765,10 @@ def main(args):
         # 5. update
         metrics = update(policy, optimizer, batch, args)
         update_replica(actor[0], parameters)
-        seconds["score"] += scored - started
-        seconds["update"] = time.monotonic() - scored
+        spent = {"score": seconds["score"] + scored - started, "update": time.monotonic() - scored}
         # 6. log
         iteration += 1
-        metrics |= group_metrics(sampled, args.success_score, seconds)
+        metrics |= group_metrics(sampled, args.success_score, seconds | spent)
         generated += metrics["charts/sampled_tokens"]
         metrics |= {"charts/generated_tokens": generated, "charts/learning_rate": lr}
         if args.curriculum:

@@ -27,8 +27,7 @@ Differs from the authors' code: sampling stops at EOS instead of at T tokens; ad
     are whitened over all processes, not in each; losses are means over the tokens of the whole
     minibatch, not means of micro-batch means; weight decay is 0 (AdamW's default 0.01 was left on).
 
-Shapes: B responses of this process, T tokens of the longest one, L columns of prompt and response,
-M rows of a micro-batch.
+Shapes: B responses of a process, T tokens of the longest, L columns, M rows of a micro-batch.
 """
 
 import atexit
@@ -145,6 +144,8 @@ class Args:
     """bound on the gradient norm of policy and critic each; the papers have none, libraries 1.0"""
     bf16: bool = False
     """compute in bfloat16; master weights and optimizer stay float32"""
+    cache_gb: float = 4.0
+    """gigabytes of keys and values in sampling, on each process; responses beyond them wait"""
     micro_batch_tokens: int = 16_384
     """tokens, with padding, that one forward and backward holds on a process"""
     activation_checkpointing: bool = False
@@ -167,8 +168,9 @@ class Args:
     """mirror the logs to this tracker, if it is installed"""
 
     def __post_init__(self):
-        for name in ("batch_size", "num_minibatches", "update_epochs", "temperature", "kl_horizon"):
-            if getattr(self, name) <= 0:
+        counts = "batch_size num_minibatches update_epochs"
+        for name in [*counts.split(), "temperature", "kl_horizon", "cache_gb"]:
+            if not getattr(self, name) > 0:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: want > 0")
         parts = int(os.environ.get("WORLD_SIZE", 1)) * self.num_minibatches
         if self.batch_size % parts:
@@ -328,10 +330,7 @@ def adapt_kl_coef(kl_coef, kl, kl_target, n, horizon):
 
 
 def prompt_batch(records: list[dict], update: int, args: Args) -> list[dict]:
-    """This process's prompts of an update, from an endless series of shuffled epochs.
-
-    It follows from seed and update alone, so a resumed run goes on where it was.
-    """
+    """This process's prompts of an update: shuffled epochs that follow from the seed alone."""
     n, first = len(records), update * args.batch_size
     places = range(first + dist.get_rank(), first + args.batch_size, dist.get_world_size())
     epochs = {place // n for place in places}
@@ -352,6 +351,7 @@ def respond(replica, tokenizer, records, seed, args) -> tuple[dict, list[str]]:
         stop_ids=stop_token_ids(tokenizer, args.stop),
         pad_id=pad_token_id(tokenizer),
         temperature=args.temperature,
+        cache_gb=args.cache_gb,
         generator=torch.Generator(replica.device).manual_seed(seed),
     )
     batch = response_batch(prompts, completions, args.response_length)

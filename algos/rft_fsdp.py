@@ -159,6 +159,8 @@ class Args:
     """bound on the gradient norm"""
     bf16: bool = False
     """compute in bfloat16; master weights and optimizer stay float32"""
+    cache_gb: float = 4.0
+    """gigabytes of keys and values in sampling, on each process; responses beyond them wait"""
     micro_batch_tokens: int = 16_384
     """tokens, with padding, that one forward and backward holds on a process"""
     activation_checkpointing: bool = False
@@ -185,7 +187,7 @@ class Args:
     def __post_init__(self):
         counts = "batch_size num_minibatches update_epochs eval_samples response_length lora_rank"
         least = dict.fromkeys([*counts.split(), "group_size"], 1)
-        least |= {"temperature": 0.01, "max_grad_norm": 0.01}
+        least |= {"temperature": 0.01, "max_grad_norm": 0.01, "cache_gb": 0}
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
                 what = f"--{name.replace('_', '-')} {getattr(self, name)}"
@@ -304,6 +306,7 @@ def respond(replica, tokenizer, records, seed, args) -> list[Response]:
         stop_ids=stop_token_ids(tokenizer, args.stop),
         pad_id=pad_token_id(tokenizer),
         temperature=args.temperature,
+        cache_gb=args.cache_gb,
         generator=torch.Generator(replica.device).manual_seed(seed),
     )
     return split(completions, response_texts(tokenizer, completions))

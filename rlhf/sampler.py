@@ -265,7 +265,8 @@ def check_request(model, vocab, prompts, limits, stop_ids, temperature, top_k, t
         raise UserError("stop_ids is empty: pass at least the end-of-sequence id")
     if not all(0 <= stop < vocab for stop in stop_ids):
         raise UserError(f"stop_ids {sorted(stop_ids)}: ids go from 0 to {vocab - 1}")
-    if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1 and slots >= 1):
+    enough = slots is None or slots >= 1
+    if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1 and enough):
         raise UserError(
             f"want temperature >= 0, top_k >= 0, 0 < top_p <= 1, slots >= 1; got "
             f"temperature={temperature}, top_k={top_k}, top_p={top_p}, slots={slots}"
@@ -284,6 +285,15 @@ def check_request(model, vocab, prompts, limits, stop_ids, temperature, top_k, t
             raise UserError(f"prompt {i} has an id outside 0 to {vocab - 1}: wrong tokenizer?")
 
 
+def slots_within(gigabytes: float, config, dtype: torch.dtype, columns: int) -> int:
+    """Rows of so many columns whose keys and values fit, at least one."""
+    config = config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    row = 2 * config.num_hidden_layers * heads * width * columns * dtype.itemsize
+    return max(1, int(gigabytes * 1e9 // row))
+
+
 def generate(
     model: nn.Module,
     prompts: list[list[int]],
@@ -295,20 +305,25 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     slots: int | None = None,
+    cache_gb: float = 4.0,
     generator: torch.Generator | None = None,
 ) -> Completions:
     """Sample one completion of each prompt; the model is a plain, unsharded causal LM.
 
     max_new_tokens: one number, or one for each prompt. temperature 0 is greedy. slots: rows that
-    work at the same time (default: all); cache memory grows with slots * longest sequence.
+    work at the same time; by default as many as have their keys and values in cache_gb gigabytes.
     The same generator state gives the same completions for the same slots.
     """
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    slots = len(prompts) if slots is None else slots
     head = lm_head(model)
     check_request(
         model, len(head.weight), prompts, limits, stop_ids, temperature, top_k, top_p, slots
     )
+    longest = max(len(prompt) + limit - 1 for prompt, limit in zip(prompts, limits, strict=True))
+    if slots is None and not cache_gb > 0:
+        raise UserError(f"cache_gb is {cache_gb}: want memory for keys and values, more than 0")
+    if slots is None:
+        slots = slots_within(cache_gb, model.config, head.decoder.dtype, longest)
     slots = min(slots, len(prompts))
     device = head.weight.device
     # made outside of inference mode, so that a training pass may save them for its backward
@@ -324,7 +339,6 @@ def generate(
         with column_major_weights(head.decoder), torch.inference_mode():
             if device.type == "cpu" and head.weight.dtype in (torch.bfloat16, torch.float16):
                 head = head._replace(weight=head.weight.float())  # once, not at every token
-            longest = max(len(p) + limit - 1 for p, limit in zip(prompts, limits, strict=True))
             cache = SlotCache(slots, longest)
             options = (temperature, top_k, top_p, generator)
             _run(head, cache, prompts, limits, stop_ids, options, result)

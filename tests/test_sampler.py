@@ -14,9 +14,17 @@ from transformers import (
     Qwen3Config,
 )
 
-from rlhf import UserError
+from rlhf import UserError, sampler
 from rlhf.logprobs import completion_logprobs
-from rlhf.sampler import SlotCache, generate, llama_like, llama_step, plain_step, sample
+from rlhf.sampler import (
+    SlotCache,
+    generate,
+    llama_like,
+    llama_step,
+    plain_step,
+    sample,
+    slots_within,
+)
 
 VOCAB, PAD, STOP = 97, 0, 2
 SIZES = dict(
@@ -325,6 +333,8 @@ def test_bf16(name):
         (dict(temperature=-1.0), "temperature >= 0"),
         (dict(top_p=0.0), "0 < top_p <= 1"),
         (dict(slots=0), "slots >= 1"),
+        (dict(cache_gb=0), "more than 0"),
+        (dict(cache_gb=float("nan")), "more than 0"),
     ],
 )
 def test_bad_requests_are_one_line(change, message):
@@ -340,3 +350,29 @@ def test_the_last_position_can_be_used():
     prompt = make_prompts((50,))
     done = generate(model, prompt, max_new_tokens=14, stop_ids=[STOP], pad_id=PAD, temperature=0)
     assert rows(done) == [transformers_greedy(model, prompt[0], 14)]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_the_cache_stays_within_its_gigabytes(name, monkeypatch):
+    """As many rows at once as fit, never fewer than one; greedy tokens do not depend on it."""
+    made = []
+
+    class Recorded(SlotCache):
+        def __init__(self, slots, columns):
+            super().__init__(slots, columns)
+            made.append(self)
+
+    monkeypatch.setattr(sampler, "SlotCache", Recorded)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name])
+    prompts = [[5 + i, 9, 11] for i in range(7)]
+    options = dict(max_new_tokens=6, stop_ids=[STOP], pad_id=PAD, temperature=0)
+    want = generate(model, prompts, **options)
+    one = sum(x.nbytes for x in (*made[0].keys, *made[0].values)) // len(prompts)
+    assert made[0].slots == len(prompts)
+    for rows, slots in ((3.5, 3), (100, 7), (0.1, 1)):
+        got = generate(model, prompts, cache_gb=rows * one / 1e9, **options)
+        assert made[-1].slots == slots
+        assert torch.equal(got.tokens, want.tokens)
+    assert slots_within(3.5 * one / 1e9, model.config, torch.float32, made[0].columns) == 3
+    assert slots_within(3.5 * one / 1e9, model.config, torch.bfloat16, made[0].columns) == 7
