@@ -25,7 +25,7 @@ Differs from the paper: scores of whole answers only; one outer iteration, so th
     built-in rewards are rules, not a model; eps, not given there, is PPO's 0.2.
 Differs from the authors' code: none known; it was not released.
 
-Shapes: B responses of a process, P groups of G, T tokens, L columns, M rows of a micro-batch.
+Shapes: B responses, P groups of G, T tokens at most, L columns of a row, M rows of a micro-batch.
 """
 
 import atexit
@@ -157,15 +157,15 @@ class Args:
     overlong_penalty_tokens: int = 0
     """c of eq. (5); DAPO: 4096 of 20480; 0: no penalty"""
     tis_cap: float | None = None
-    """C of eq. (6), where sampler and training pass may differ, as with --bf16; common: 2"""
+    """C of eq. (6), truncated importance sampling, as sampler and trainer may differ; common: 2"""
     temperature: float = 1.0
     """temperature of sampling and of all probabilities"""
     max_grad_norm: float = 1.0
     """bound on the gradient norm"""
     bf16: bool = False
     """compute in bfloat16; master weights and optimizer stay float32"""
-    cache_gb: float = 4.0
-    """gigabytes of keys and values in sampling, on each process; responses beyond them wait"""
+    cache_gb: float = 0.0
+    """gigabytes for responses that are sampled at once; 0: 4, on a GPU a quarter of its memory"""
     micro_batch_tokens: int = 16_384
     """tokens, with padding, that one forward and backward holds on a process"""
     activation_checkpointing: bool = False
@@ -570,9 +570,9 @@ def find_checkpoint(run_dir, resume):
 def load_checkpoint(path, args):
     """What this process saved. Raises UserError where it ran with other arguments."""
     state = torch.load(path / f"rank{dist.get_rank()}.pt", map_location="cpu", weights_only=True)
-    free = "device run_dir save_every resume eval_every eval_episodes capture_video track".split()
+    free = "device run_dir save_every resume eval_every eval_episodes capture_video track cache_gb"
     for name, value in plain_args(args).items():
-        if name not in free and value != state["args"][name]:
+        if name not in free.split() and value != state["args"].get(name, value):
             raise UserError(f"--resume: {name} was {state['args'][name]}, now it is {value}")
     return state
 

@@ -27,7 +27,7 @@ Differs from the authors' code: sampling stops at EOS instead of at T tokens; ad
     are whitened over all processes, not in each; losses are means over the tokens of the whole
     minibatch, not means of micro-batch means; weight decay is 0 (AdamW's default 0.01 was left on).
 
-Shapes: B responses of a process, T tokens of the longest, L columns, M rows of a micro-batch.
+Shapes: B responses, T tokens of the longest, L columns with its prompt, M rows of a micro-batch.
 """
 
 import atexit
@@ -144,8 +144,8 @@ class Args:
     """bound on the gradient norm of policy and critic each; the papers have none, libraries 1.0"""
     bf16: bool = False
     """compute in bfloat16; master weights and optimizer stay float32"""
-    cache_gb: float = 4.0
-    """gigabytes of keys and values in sampling, on each process; responses beyond them wait"""
+    cache_gb: float = 0.0
+    """gigabytes for responses that are sampled at once; 0: 4, on a GPU a quarter of its memory"""
     micro_batch_tokens: int = 16_384
     """tokens, with padding, that one forward and backward holds on a process"""
     activation_checkpointing: bool = False
@@ -168,10 +168,10 @@ class Args:
     """mirror the logs to this tracker, if it is installed"""
 
     def __post_init__(self):
-        counts = "batch_size num_minibatches update_epochs"
-        for name in [*counts.split(), "temperature", "kl_horizon", "cache_gb"]:
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: want > 0")
+        least = {"batch_size": 1, "num_minibatches": 1, "update_epochs": 1, "cache_gb": 0}
+        for name, bound in (least | {"temperature": 0.01, "kl_horizon": 1}).items():
+            if not getattr(self, name) >= bound:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: least {bound}")
         parts = int(os.environ.get("WORLD_SIZE", 1)) * self.num_minibatches
         if self.batch_size % parts:
             what = f"{parts}, processes times --num-minibatches"
@@ -549,9 +549,9 @@ def find_checkpoint(run_dir, resume):
 def load_checkpoint(path, args):
     """What this process saved. Raises UserError where it ran with other arguments."""
     state = torch.load(path / f"rank{dist.get_rank()}.pt", map_location="cpu", weights_only=True)
-    free = "device run_dir save_every resume eval_every eval_episodes capture_video track".split()
+    free = "device run_dir save_every resume eval_every eval_episodes capture_video track cache_gb"
     for name, value in plain_args(args).items():
-        if name not in free and value != state["args"][name]:
+        if name not in free.split() and value != state["args"].get(name, value):
             raise UserError(f"--resume: {name} was {state['args'][name]}, now it is {value}")
     return state
 

@@ -159,8 +159,8 @@ class Args:
     """bound on the gradient norm"""
     bf16: bool = False
     """compute in bfloat16; master weights and optimizer stay float32"""
-    cache_gb: float = 4.0
-    """gigabytes of keys and values in sampling, on each process; responses beyond them wait"""
+    cache_gb: float = 0.0
+    """gigabytes for responses that are sampled at once; 0: 4, on a GPU a quarter of its memory"""
     micro_batch_tokens: int = 16_384
     """tokens, with padding, that one forward and backward holds on a process"""
     activation_checkpointing: bool = False
@@ -526,9 +526,9 @@ def find_checkpoint(run_dir, resume):
 def load_checkpoint(path, args):
     """What this process saved. Raises UserError where it ran with other arguments."""
     state = torch.load(path / f"rank{dist.get_rank()}.pt", map_location="cpu", weights_only=True)
-    free = "device run_dir save_every resume eval_every eval_episodes capture_video track".split()
+    free = "device run_dir save_every resume eval_every eval_episodes capture_video track cache_gb"
     for name, value in plain_args(args).items():
-        if name not in free and value != state["args"][name]:
+        if name not in free.split() and value != state["args"].get(name, value):
             raise UserError(f"--resume: {name} was {state['args'][name]}, now it is {value}")
     return state
 

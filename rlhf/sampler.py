@@ -285,13 +285,19 @@ def check_request(model, vocab, prompts, limits, stop_ids, temperature, top_k, t
             raise UserError(f"prompt {i} has an id outside 0 to {vocab - 1}: wrong tokenizer?")
 
 
-def slots_within(gigabytes: float, config, dtype: torch.dtype, columns: int) -> int:
-    """Rows of so many columns whose keys and values fit, at least one."""
-    config = config.get_text_config()
+def slots_within(gigabytes: float, model: nn.Module, columns: int) -> int:
+    """Rows of so many columns that fit, at least one. gigabytes 0: 4 on a CPU, on a GPU a quarter.
+
+    A row takes its keys and values, for models whose layers are alike, and 20 bytes for each word
+    of the vocabulary: logits, probabilities and their running sum.
+    """
+    head, config = lm_head(model), model.config.get_text_config()
+    if gigabytes == 0 and head.weight.is_cuda:
+        gigabytes = torch.cuda.get_device_properties(head.weight.device).total_memory / 4e9
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    row = 2 * config.num_hidden_layers * heads * width * columns * dtype.itemsize
-    return max(1, int(gigabytes * 1e9 // row))
+    cache = 2 * config.num_hidden_layers * heads * width * columns * head.weight.dtype.itemsize
+    return max(1, int(min((gigabytes or 4) * 1e9 / (cache + 20 * len(head.weight)), 2**31)))
 
 
 def generate(
@@ -305,13 +311,13 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     slots: int | None = None,
-    cache_gb: float = 4.0,
+    cache_gb: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Completions:
     """Sample one completion of each prompt; the model is a plain, unsharded causal LM.
 
     max_new_tokens: one number, or one for each prompt. temperature 0 is greedy. slots: rows that
-    work at the same time; by default as many as have their keys and values in cache_gb gigabytes.
+    work at the same time; by default as many as fit into cache_gb gigabytes, see slots_within.
     The same generator state gives the same completions for the same slots.
     """
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
@@ -320,10 +326,12 @@ def generate(
         model, len(head.weight), prompts, limits, stop_ids, temperature, top_k, top_p, slots
     )
     longest = max(len(prompt) + limit - 1 for prompt, limit in zip(prompts, limits, strict=True))
-    if slots is None and not cache_gb > 0:
-        raise UserError(f"cache_gb is {cache_gb}: want memory for keys and values, more than 0")
+    if not cache_gb >= 0:
+        raise UserError(
+            f"cache_gb is {cache_gb}: want gigabytes for sampling, or 0 for the default"
+        )
     if slots is None:
-        slots = slots_within(cache_gb, model.config, head.decoder.dtype, longest)
+        slots = slots_within(cache_gb, model, longest)
     slots = min(slots, len(prompts))
     device = head.weight.device
     # made outside of inference mode, so that a training pass may save them for its backward

@@ -3,7 +3,14 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, LlamaConfig
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf import attention as module
@@ -25,6 +32,11 @@ SIZES = dict(
     pad_token_id=0,
     bos_token_id=1,
     eos_token_id=2,
+)
+
+
+GPT2_SIZES = dict(
+    vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3
 )
 
 
@@ -67,22 +79,21 @@ def test_values_and_gradients_are_those_of_float64(mask, kv_heads, scaling):
         assert (got - want).abs().max() < 0.02 * want.abs().max()
 
 
-def test_only_short_bfloat16_rows_with_gradients_leave_the_fused_kernel(monkeypatch):
+def test_only_short_bfloat16_rows_leave_the_fused_kernel(monkeypatch):
     fused = []
     monkeypatch.setattr(
-        module,
-        "sdpa_attention_forward",
-        lambda *args, **kw: fused.append(args[1].shape) or (0, None),
+        module, "sdpa_attention_forward", lambda *args, **kw: fused.append(args) or (0, None)
     )
     short, long = states(2, 7, torch.bfloat16), states(2, module.SHORT + 1, torch.bfloat16)
     attention(layer(), short, short, short, None)
+    attention(layer(), short.detach(), short.detach(), short.detach(), None)
     assert not fused
     attention(layer(), long, long, long, None)
+    attention(layer(), short[:, :, -1:], short, short, None)  # a step of sampling
     attention(layer(), short.float(), short.float(), short.float(), None)
-    attention(layer(), short.detach(), short.detach(), short.detach(), None)
-    attention(layer(), short, short, short, None, dropout=0.1)
-    attention(layer(), short, short, short, None, softcap=30.0)
-    assert len(fused) == 5
+    for name in ("dropout", "softcap", "position_bias", "cache"):
+        attention(layer(), short, short, short, None, **{name: 0.1})
+    assert len(fused) == 7
 
 
 def test_a_query_that_is_not_causal_sees_all_columns():
@@ -92,11 +103,66 @@ def test_a_query_that_is_not_causal_sees_all_columns():
     torch.testing.assert_close(got, want, atol=0.02, rtol=0.02)
 
 
-@pytest.mark.parametrize("config", [LlamaConfig, Gemma3TextConfig])
-def test_a_model_scores_and_learns_as_with_the_fused_kernel(config):
+@pytest.mark.parametrize("length", [3, 9])
+def test_as_many_columns_as_the_mask_has(length):
+    """Queries behind columns that were read before, as in a prefill in parts."""
+    q, k = states(2, 5, torch.bfloat16), states(2, length, torch.bfloat16, 1)
+    mask = torch.ones(5, length, dtype=torch.bool).tril(length - 5)
+    mask[:, 0] = True
+    want = sdpa_attention_forward(layer(), q, k, k, mask)[0]
+    got = attention(layer(), q, k, k, mask)[0]
+    torch.testing.assert_close(got, want, atol=0.02, rtol=0.02)
+
+
+def small_model(config) -> nn.Module:
     torch.manual_seed(0)
+    sizes = GPT2_SIZES if config is GPT2Config else SIZES
     extra = {"sliding_window": 4} if config is Gemma3TextConfig else {}
-    model = AutoModelForCausalLM.from_config(config(**SIZES, **extra)).bfloat16().eval()
+    return AutoModelForCausalLM.from_config(config(**sizes, **extra)).bfloat16().eval()
+
+
+def test_log_probabilities_are_those_of_the_update_to_the_last_bit():
+    """Computed before an update or in it: or the first ratio would not be 1."""
+    model = small_model(LlamaConfig)
+    choose_attention(model)
+    ids = torch.randint(3, 97, (4, 12))
+    positions = torch.ones_like(ids, dtype=torch.bool)
+    positions[:, 0] = False
+    with torch.no_grad():
+        before = completion_logprobs(model, ids, positions)[0]
+    assert torch.equal(before, completion_logprobs(model, ids, positions)[0].detach())
+
+
+def test_activations_that_are_computed_again_are_the_same():
+    ids = torch.randint(3, 97, (4, 12))
+    found = []
+    for again in (False, True):
+        model = small_model(LlamaConfig)
+        choose_attention(model)
+        if again:
+            layers = model.model.layers
+            for i, block in enumerate(layers):
+                layers[i] = checkpoint_wrapper(block)
+        model(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum().backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_rows_with_padding_score_as_with_the_fused_kernel():
+    model = small_model(LlamaConfig)
+    ids = torch.randint(3, 97, (4, 12))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = mask[2, 9:] = 0
+    want = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    choose_attention(model)
+    got = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    real = mask.bool()
+    assert (got - want)[real].norm() < 0.05 * want[real].norm()
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, Gemma3TextConfig, GPT2Config])
+def test_a_model_scores_and_learns_as_with_the_fused_kernel(config):
+    model = small_model(config)
     ids = torch.randint(3, 97, (4, 12))
     positions = torch.ones_like(ids, dtype=torch.bool)
     positions[:, 0] = False

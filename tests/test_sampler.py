@@ -333,8 +333,8 @@ def test_bf16(name):
         (dict(temperature=-1.0), "temperature >= 0"),
         (dict(top_p=0.0), "0 < top_p <= 1"),
         (dict(slots=0), "slots >= 1"),
-        (dict(cache_gb=0), "more than 0"),
-        (dict(cache_gb=float("nan")), "more than 0"),
+        (dict(cache_gb=-1.0), "cache_gb is -1.0"),
+        (dict(cache_gb=float("nan")), "cache_gb is nan"),
     ],
 )
 def test_bad_requests_are_one_line(change, message):
@@ -353,7 +353,7 @@ def test_the_last_position_can_be_used():
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
-def test_the_cache_stays_within_its_gigabytes(name, monkeypatch):
+def test_sampling_stays_within_its_gigabytes(name, monkeypatch):
     """As many rows at once as fit, never fewer than one; greedy tokens do not depend on it."""
     made = []
 
@@ -369,10 +369,12 @@ def test_the_cache_stays_within_its_gigabytes(name, monkeypatch):
     options = dict(max_new_tokens=6, stop_ids=[STOP], pad_id=PAD, temperature=0)
     want = generate(model, prompts, **options)
     one = sum(x.nbytes for x in (*made[0].keys, *made[0].values)) // len(prompts)
+    columns, words = made[0].columns, 20 * VOCAB
     assert made[0].slots == len(prompts)
-    for rows, slots in ((3.5, 3), (100, 7), (0.1, 1)):
-        got = generate(model, prompts, cache_gb=rows * one / 1e9, **options)
+    for rows, slots in ((3.5, 3), (float("inf"), 7), (0.1, 1)):
+        got = generate(model, prompts, cache_gb=rows * (one + words) / 1e9, **options)
         assert made[-1].slots == slots
         assert torch.equal(got.tokens, want.tokens)
-    assert slots_within(3.5 * one / 1e9, model.config, torch.float32, made[0].columns) == 3
-    assert slots_within(3.5 * one / 1e9, model.config, torch.bfloat16, made[0].columns) == 7
+    assert slots_within(3.5 * (one + words) / 1e9, model, columns) == 3
+    assert slots_within(3.5 * (one / 2 + words) / 1e9, model.bfloat16(), columns) == 3
+    assert slots_within(0, model, columns) == int(4e9 / (one / 2 + words))
