@@ -171,7 +171,7 @@ class Args:
         least = {"batch_size": 1, "num_minibatches": 1, "update_epochs": 1, "cache_gb": 0}
         for name, bound in (least | {"temperature": 0.01, "kl_horizon": 1}).items():
             if not getattr(self, name) >= bound:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: least {bound}")
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: want {bound}+")
         parts = int(os.environ.get("WORLD_SIZE", 1)) * self.num_minibatches
         if self.batch_size % parts:
             what = f"{parts}, processes times --num-minibatches"
