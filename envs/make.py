@@ -19,10 +19,28 @@ def _mujoco_warning(message: str) -> None:
 mujoco.set_mju_user_warning(_mujoco_warning)
 
 
-def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
+class ActionRepeat(gym.Wrapper):
+    """Takes each action `times` steps, or to the end of the episode; rewards are summed."""
+
+    def __init__(self, env: gym.Env, times: int):
+        super().__init__(env)
+        self.times = times
+
+    def step(self, action):
+        total = 0.0
+        for _ in range(self.times):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total += reward
+            if terminated or truncated:
+                break
+        return obs, total, terminated, truncated, info
+
+
+def make_env(env_id: str, video_dir: Path | None = None, action_repeat: int = 1) -> gym.Env:
     """One environment with a one-dimensional Box observation; time limits as registered.
 
-    video_dir: record the first episode there. Raises UserError for a name that gymnasium does not
+    video_dir: record the first episode there. action_repeat: a time limit still counts the steps of
+    the environment, and the video shows all of them. Raises UserError for a name that gymnasium does not
     know, and where the simulator or the recorder is not installed.
     """
     render_mode = "rgb_array" if video_dir else None
@@ -48,17 +66,17 @@ def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
             )
         except gym.error.DependencyNotInstalled as error:
             raise UserError("--capture-video: pip install moviepy") from error
-    return env
+    return ActionRepeat(env, action_repeat) if action_repeat > 1 else env
 
 
-def make_vector_env(env_id: str, num_envs: int) -> SyncVectorEnv:
+def make_vector_env(env_id: str, num_envs: int, action_repeat: int = 1) -> SyncVectorEnv:
     """`num_envs` copies stepped in turn.
 
     SAME_STEP: a finished episode resets within the step that ends it. The step returns the first
     observation of the next episode; `infos["final_obs"]` holds the last one of the old episode.
     """
     return SyncVectorEnv(
-        [lambda: make_env(env_id) for _ in range(num_envs)],
+        [lambda: make_env(env_id, None, action_repeat) for _ in range(num_envs)],
         copy=False,
         autoreset_mode=AutoresetMode.SAME_STEP,
     )
