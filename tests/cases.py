@@ -75,6 +75,26 @@ CASES = {
             "--device cuda": "--device cpu",
         },
     ),
+    "td3_continuous_action": Case(
+        smoke="--env-id Hopper-v5 --num-envs 2 --batch-size 16 --learning-starts 100 "
+        "--updates-per-step 0.5 --log-every 10 --total-timesteps 800 --eval-every 150 "
+        "--eval-episodes 2",
+        changed="--gamma 0.9",
+        learning="--env-id Pendulum-v1 --total-timesteps 8000 --learning-starts 1000",
+        score=("eval/deterministic_return", -250),
+        bad={
+            "--env-id Nope-v0": "--env-id Nope-v0",
+            "--env-id CartPole-v1": "ppo.py",
+            "--num-envs 0": "--num-envs 0",
+            "--batch-size 0": "--batch-size 0",
+            "--buffer-size 1": "--buffer-size 1",
+            "--updates-per-step 0": "--updates-per-step 0",
+            "--policy-noise -1": "--policy-noise -1",
+            "--action-repeat 0": "--action-repeat 0",
+            "--total-timesteps 1": "--total-timesteps 1",
+            "--device cuda": "--device cpu",
+        },
+    ),
     "ppo_rlhf_fsdp": Case(
         smoke="--total-episodes 320 --batch-size 16 --eval-prompts 16 --eval-every 8",
         changed="--temperature 0.9",
