@@ -69,7 +69,7 @@ from envs.state import set_vector_env_state, vector_env_state
 @dataclass
 class Args:
     seed: int = 1
-    """seed of weights, actions, batches and environments"""
+    """seed of weights, actions, shuffles and environments"""
     env_id: str = "HalfCheetah-v5"
     """gymnasium environment"""
     total_timesteps: int = 1_000_000

@@ -39,9 +39,9 @@ class ActionRepeat(gym.Wrapper):
 def make_env(env_id: str, video_dir: Path | None = None, action_repeat: int = 1) -> gym.Env:
     """One environment with a one-dimensional Box observation; time limits as registered.
 
-    video_dir: record the first episode there. action_repeat: a time limit still counts the steps of
-    the environment, and the video shows all of them. Raises UserError for a name that gymnasium does not
-    know, and where the simulator or the recorder is not installed.
+    video_dir: record the first episode there. action_repeat: of every action; a time limit still
+    counts steps of the environment. Raises UserError for a name that gymnasium does not know, and
+    where the simulator or the recorder is not installed.
     """
     render_mode = "rgb_array" if video_dir else None
     try:

@@ -196,3 +196,24 @@ def test_same_step_resets(env_id):
             assert not infos["_final_obs"][0]
         assert obs[0].tobytes() == last.tobytes()
     assert ends >= 2
+
+
+def test_action_repeat():
+    """Three steps in one, the state of which is that of the environment within."""
+    env, plain = make_env("Hopper-v5", action_repeat=3), make_env("Hopper-v5")
+    env.reset(seed=1)
+    plain.reset(seed=1)
+    env.action_space.seed(0)
+    steps = []
+    while not steps or not steps[-1][2]:
+        action = env.action_space.sample()
+        if len(steps) == 3:
+            set_env_state(env, env_state(plain))
+        obs, reward, terminated, truncated, _ = env.step(action)
+        total, steps_taken, ended = 0.0, 0, False
+        while steps_taken < 3 and not ended:
+            last, own, ended, _, _ = plain.step(action)
+            total, steps_taken = total + own, steps_taken + 1
+        steps.append((steps_taken, truncated, terminated))
+        assert obs.tobytes() == last.tobytes() and reward == total and terminated == ended
+    assert len(steps) > 4 and {n for n, _, _ in steps[:-1]} == {3}
