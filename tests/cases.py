@@ -57,8 +57,8 @@ CASES = {
     ),
     "sac_continuous_action": Case(
         smoke="--env-id Hopper-v5 --num-envs 2 --batch-size 16 --learning-starts 100 "
-        "--updates-per-step 0.5 --log-every 10 --total-timesteps 800 --eval-every 150 "
-        "--eval-episodes 2",
+        "--updates-per-step 0.5 --log-every 10 --total-timesteps 800 --buffer-size 500 "
+        "--eval-every 150 --eval-episodes 2",
         changed="--gamma 0.9",
         learning="--env-id Pendulum-v1 --total-timesteps 6000 --learning-starts 1000",
         score=("eval/deterministic_return", -250),
@@ -77,8 +77,8 @@ CASES = {
     ),
     "td3_continuous_action": Case(
         smoke="--env-id Hopper-v5 --num-envs 2 --batch-size 16 --learning-starts 100 "
-        "--updates-per-step 0.5 --log-every 10 --total-timesteps 800 --eval-every 150 "
-        "--eval-episodes 2",
+        "--updates-per-step 0.5 --log-every 10 --total-timesteps 800 --buffer-size 500 "
+        "--eval-every 150 --eval-episodes 2",
         changed="--gamma 0.9",
         learning="--env-id Pendulum-v1 --total-timesteps 8000 --learning-starts 1000",
         score=("eval/deterministic_return", -250),
