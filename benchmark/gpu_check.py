@@ -24,6 +24,11 @@ TOLERANCE = 0.02  # of a first update's losses, relative, with a floor of 1e-3 (
 FLAGS = {
     "ppo": "--num-envs 8 --total-timesteps 4096",
     "ppo_continuous_action": "--num-envs 8 --num-steps 256 --total-timesteps 8192",
+    # a line of losses for each update, since only the first is compared
+    "sac_continuous_action": "--num-envs 8 --log-every 1 --learning-starts 504 "
+    "--updates-per-step 0.125 --total-timesteps 1600",
+    "td3_continuous_action": "--num-envs 8 --log-every 1 --learning-starts 504 "
+    "--updates-per-step 0.125 --total-timesteps 1600",
     "ppo_rlhf_fsdp": "--total-episodes 192 --eval-prompts 16",
 }
 
