@@ -495,9 +495,9 @@ def find_checkpoint(run_dir, resume):
 def load_checkpoint(path, args):
     """What this process saved. Raises UserError where it ran with other arguments."""
     state = torch.load(path / f"rank{dist.get_rank()}.pt", map_location="cpu", weights_only=True)
-    free = "device run_dir save_every resume eval_every eval_episodes capture_video track".split()
+    free = "device run_dir save_every resume eval_every eval_episodes capture_video track cache_gb"
     for name, value in plain_args(args).items():
-        if name not in free and value != state["args"][name]:
+        if name not in free.split() and value != state["args"].get(name, value):
             raise UserError(f"--resume: {name} was {state['args'][name]}, now it is {value}")
     return state
 
