@@ -21,15 +21,19 @@ import torch
 ALGOS = Path(__file__).parents[1] / "algos"
 TOLERANCE = 0.02  # of a first update's losses, relative, with a floor of 1e-3 (see `compare`)
 # A few updates of each script. num_envs and batch sizes divide by up to 8 GPUs.
+OFF_POLICY = (  # a line of losses for each update, since only the first is compared
+    "--num-envs 8 --log-every 1 --learning-starts 504 --updates-per-step 0.125 "
+    "--total-timesteps 1600"
+)
+GROUPS = "--total-episodes 192 --batch-size 64 --eval-prompts 16 --eval-samples 4"
 FLAGS = {
     "ppo": "--num-envs 8 --total-timesteps 4096",
     "ppo_continuous_action": "--num-envs 8 --num-steps 256 --total-timesteps 8192",
-    # a line of losses for each update, since only the first is compared
-    "sac_continuous_action": "--num-envs 8 --log-every 1 --learning-starts 504 "
-    "--updates-per-step 0.125 --total-timesteps 1600",
-    "td3_continuous_action": "--num-envs 8 --log-every 1 --learning-starts 504 "
-    "--updates-per-step 0.125 --total-timesteps 1600",
+    "sac_continuous_action": OFF_POLICY,
+    "td3_continuous_action": OFF_POLICY,
     "ppo_rlhf_fsdp": "--total-episodes 192 --eval-prompts 16",
+    "grpo_fsdp": GROUPS,
+    "rft_fsdp": GROUPS,
 }
 
 

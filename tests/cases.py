@@ -24,6 +24,12 @@ class Case:
     """flags of bad input -> words of the one line that answers them"""
 
 
+# the buffer is full before the end, so that its oldest rows are written over
+OFF_POLICY = (
+    "--env-id Hopper-v5 --num-envs 2 --batch-size 16 --learning-starts 100 "
+    "--updates-per-step 0.5 --log-every 10 --total-timesteps 800 --buffer-size 500 "
+    "--eval-every 150 --eval-episodes 2"
+)
 CASES = {
     "ppo": Case(
         smoke="--env-id CartPole-v1 --num-envs 4 --num-steps 64 --total-timesteps 8192 "
@@ -56,9 +62,7 @@ CASES = {
         },
     ),
     "sac_continuous_action": Case(
-        smoke="--env-id Hopper-v5 --num-envs 2 --batch-size 16 --learning-starts 100 "
-        "--updates-per-step 0.5 --log-every 10 --total-timesteps 800 --buffer-size 500 "
-        "--eval-every 150 --eval-episodes 2",
+        smoke=OFF_POLICY,
         changed="--gamma 0.9",
         learning="--env-id Pendulum-v1 --total-timesteps 6000 --learning-starts 1000",
         score=("eval/deterministic_return", -250),
@@ -76,9 +80,7 @@ CASES = {
         },
     ),
     "td3_continuous_action": Case(
-        smoke="--env-id Hopper-v5 --num-envs 2 --batch-size 16 --learning-starts 100 "
-        "--updates-per-step 0.5 --log-every 10 --total-timesteps 800 --buffer-size 500 "
-        "--eval-every 150 --eval-episodes 2",
+        smoke=OFF_POLICY,
         changed="--gamma 0.9",
         learning="--env-id Pendulum-v1 --total-timesteps 8000 --learning-starts 1000",
         score=("eval/deterministic_return", -250),

@@ -6,9 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from benchmark.gpu_check import FLAGS
 from benchmark.papers import load, names
 from benchmark.sync import blocks, differing, diverges
 from tests.launch import ROOT, SCRIPTS
@@ -276,3 +278,8 @@ def test_ruff(command):
         pytest.skip("ruff is not installed")
     done = subprocess.run([ruff, *command, "."], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@every_script
+def test_gpu_check_has_flags(script):
+    assert Path(script).stem in FLAGS
