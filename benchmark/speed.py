@@ -5,6 +5,8 @@
     python -m benchmark speed scoring --model FOLDER --peer trl
     python -m benchmark speed ppo --peer cleanrl --cleanrl CHECKOUT
     python -m benchmark speed ppo --peer sb3
+    python -m benchmark speed sac --cleanrl CHECKOUT
+    python -m benchmark speed td3 --cleanrl CHECKOUT
     python -m benchmark speed grpo
     python -m benchmark speed update
 
@@ -336,17 +338,9 @@ def ppo(
         raise UserError(f"--steps {steps}: at least four rollouts of 2048 steps")
     common = ["--env-id", "HalfCheetah-v5", "--total-timesteps", str(steps)]
     if peer == "cleanrl":
-        theirs = cleanrl and cleanrl.resolve() / "cleanrl" / "ppo_continuous_action.py"
-        if not (theirs and theirs.exists()):
-            raise UserError(
-                "git clone https://github.com/vwxyzjn/cleanrl and give its folder: --cleanrl FOLDER"
-            )
-        python, words = sys.executable, [str(PEERS / "cleanrl.py"), str(theirs), "--no-cuda"]
+        python, words = sys.executable, cleanrl_command(cleanrl, "ppo_continuous_action")
     else:
         python, words = peers_python(), [str(PEERS / "sb3.py")]
-    # not in the environment of the peers
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     ours = ROOT / "algos" / "ppo_continuous_action.py"
     rates = {"ours": [], peer: []}
     for _ in range(pairs):
@@ -355,7 +349,7 @@ def ppo(
             flags = ["--run-dir", "run", "--eval-episodes", "1", *["--compile"] * compile]
             run_script([str(ours), *common, *flags], folder)
             # by the clock of its log, as the peer's rate: from the second rollout to the last
-            events = EventAccumulator(str(folder / "run")).Reload().Scalars("charts/SPS")
+            events = scalars(folder / "run", "charts/SPS")
             elapsed = events[-1].wall_time - events[1].wall_time
             rates["ours"].append(2048 * (len(events) - 2) / elapsed)
 
@@ -366,12 +360,113 @@ def ppo(
             elapsed = seconds_at[-1] - seconds_at[1]
             rates[peer].append(2048 * (len(printed) - 2) / elapsed)
         print("  ".join(f"{side} {values[-1]:.0f} steps/s" for side, values in rates.items()))
-    ratios = [a / b for a, b in zip(*rates.values(), strict=True)]
-    medians = {side: f"{statistics.median(values):.0f}" for side, values in rates.items()}
+    print_rates(rates)
+
+
+def cleanrl_command(checkout: Path | None, script: str) -> list[str]:
+    """How Python starts a script of a CleanRL checkout; raises UserError where there is none."""
+    path = checkout and checkout.resolve() / "cleanrl" / f"{script}.py"
+    if not (path and path.exists()):
+        raise UserError(
+            "git clone https://github.com/vwxyzjn/cleanrl and give its folder: --cleanrl FOLDER"
+        )
+    return [str(PEERS / "cleanrl.py"), str(path), "--no-cuda"]
+
+
+def scalars(folder: Path, key: str) -> list:
+    """What TensorBoard files hold of a key: step, wall_time and value of each."""
+    # not in the environment of the peers
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(folder)).Reload().Scalars(key)
+
+
+def print_rates(rates: dict[str, list[float]]) -> None:
+    """One line of the steps a second of both sides, ours first."""
+    (ours, theirs), (_, peer) = rates.values(), rates
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    medians = [f"{statistics.median(values):.0f}" for values in (ours, theirs)]
     print(
-        f"ours / {peer} {spread(ratios)} over {pairs} pairs; steps/s ours {medians['ours']}, "
-        f"{peer} {medians[peer]}"
+        f"ours / {peer} {spread(ratios)} over {len(ratios)} pairs; steps/s ours {medians[0]}, "
+        f"{peer} {medians[1]}"
     )
+
+
+# ------------------------------------------------------------------------------ SAC, TD3
+
+LEARNING_STARTS, WARM_UP_UPDATES = 1000, 200
+
+
+def off_policy(
+    script: str,
+    cleanrl: Path | None,
+    pairs: int,
+    steps: int,
+    precision: Literal["float32", "bf16"],
+    compile: bool,
+) -> None:
+    first = LEARNING_STARTS + WARM_UP_UPDATES
+    if steps < first + 400:
+        raise UserError(f"--steps {steps}: at least {first + 400}, as {first} are warm-up")
+    words = cleanrl_command(cleanrl, script)
+    common = ["--env-id", "HalfCheetah-v5", "--total-timesteps", str(steps)]
+    common += ["--learning-starts", str(LEARNING_STARTS)]
+    flags = ["--device", "cpu", "--run-dir", "run", "--eval-episodes", "1"]
+    flags += ["--precision", precision, *["--compile"] * compile]
+    commands = {"ours": [str(ROOT / "algos" / f"{script}.py"), *flags], "cleanrl": words}
+    rates = {side: [] for side in commands}
+    for _ in range(pairs):
+        for side, command in commands.items():
+            with tempfile.TemporaryDirectory() as name:
+                run_script([*command, *common], Path(name))
+                logs = next(Path(name).rglob("events.out.tfevents.*")).parent
+                # both log every 100 steps; by the clock of the log, as logging is part of the work
+                events = [e for e in scalars(logs, "charts/SPS") if e.step >= first]
+            start, end = events[0], events[-1]
+            rates[side].append((end.step - start.step) / (end.wall_time - start.wall_time))
+        print("  ".join(f"{side} {values[-1]:.0f} steps/s" for side, values in rates.items()))
+    print_rates(rates)
+
+
+def sac(
+    cleanrl: Path | None = None,
+    pairs: int = 5,
+    steps: int = 3000,
+    precision: Literal["float32", "bf16"] = "float32",
+    compile: bool = False,
+) -> None:
+    """Steps a second of sac_continuous_action.py against CleanRL's script.
+
+    HalfCheetah-v5, one environment, one thread, CleanRL's hyperparameters on both sides: a step is
+    one step of the environment and one update. Random steps and the first updates are warm-up.
+
+    Args:
+        cleanrl: Folder of a checkout: git clone https://github.com/vwxyzjn/cleanrl
+        pairs: Alternating runs of each side.
+        steps: Environment steps of a run.
+        precision: Of ours; the peer has float32.
+        compile: Run ours with --compile.
+    """
+    off_policy("sac_continuous_action", cleanrl, pairs, steps, precision, compile)
+
+
+def td3(
+    cleanrl: Path | None = None,
+    pairs: int = 5,
+    steps: int = 3000,
+    precision: Literal["float32", "bf16"] = "float32",
+    compile: bool = False,
+) -> None:
+    """Steps a second of td3_continuous_action.py against CleanRL's script, as `speed sac`.
+
+    Args:
+        cleanrl: Folder of a checkout: git clone https://github.com/vwxyzjn/cleanrl
+        pairs: Alternating runs of each side.
+        steps: Environment steps of a run.
+        precision: Of ours; the peer has float32.
+        compile: Run ours with --compile.
+    """
+    off_policy("td3_continuous_action", cleanrl, pairs, steps, precision, compile)
 
 
 # ---------------------------------------------------------------------------------- GRPO
@@ -451,16 +546,12 @@ def logged_steps(run_dir: Path) -> dict[str, list[float]]:
 
     By the clock of the log, as logging is part of a step; the first one has no beginning there.
     """
-    # not in the environment of the peers
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run_dir)).Reload()
-    lengths = events.Scalars("charts/response_length")
+    lengths = scalars(run_dir, "charts/response_length")
     times = [event.wall_time for event in lengths]
     steps = {"seconds": [0.0, *(b - a for a, b in itertools.pairwise(times))]}
     steps["tokens"] = [round(event.value * RESPONSES) for event in lengths]
     for part in PARTS:
-        steps[part] = [event.value for event in events.Scalars(f"charts/seconds_{part}")]
+        steps[part] = [event.value for event in scalars(run_dir, f"charts/seconds_{part}")]
     return steps
 
 
@@ -547,11 +638,13 @@ def update(paper: str | None = None, updates: int = 10, threads: int = 1) -> Non
 
     Args:
         paper: Scripts of one file of benchmark/papers/; default: of all.
-        updates: Updates to time after two for warm-up; as many others are counted in between.
+        updates: Updates to time after two for warm-up, an even number; as many others are counted.
         threads: CPU threads of torch.
     """
     from benchmark import papers  # not in the environment of the peers
 
+    if updates < 2 or updates % 2:
+        raise UserError(f"--updates {updates}: an even number of at least 2")
     print(
         f"{'script':24s} {'GFLOP/update':>12s} {'ms/update':>10s}  {'GFLOP/s':>8s}  of the machine"
     )
@@ -574,8 +667,12 @@ def update(paper: str | None = None, updates: int = 10, threads: int = 1) -> Non
             found = json.loads(child.stdout.splitlines()[-1])
             flops = statistics.mean(found["flops"])  # of the updates between the timed ones
             rate = flops / statistics.mean(found["seconds"])
-            pairs = zip(found["seconds"], found["machine"], strict=True)
-            shares = [flops / s / machine for s, machine in pairs]
+            # two neighbours together: in every second one the actor of SAC and TD3 learns too
+            pairs = [
+                list(zip(x[::2], x[1::2], strict=True))
+                for x in (found["seconds"], found["machine"])
+            ]
+            shares = [2 * flops / sum(s) / statistics.mean(m) for s, m in zip(*pairs, strict=True)]
             low, middle, high = min(shares), statistics.median(shares), max(shares)
             print(
                 f"{run.script:24s} {flops / 1e9:12.2f} "
@@ -586,8 +683,9 @@ def update(paper: str | None = None, updates: int = 10, threads: int = 1) -> Non
 
 
 def main(flags: list[str]) -> None:
+    commands = (sampler, scoring, ppo, sac, td3, grpo, update)
     tyro.extras.subcommand_cli_from_dict(
-        {"sampler": sampler, "scoring": scoring, "ppo": ppo, "grpo": grpo, "update": update},
+        {command.__name__: command for command in commands},
         prog="python -m benchmark speed",
         args=flags,
     )

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmark import jobs, report, results, run, speed
+from benchmark import flops, jobs, report, results, run, speed
 from benchmark.papers import Paper
 from rlhf import UserError
 from tests.launch import ENVIRONMENT, ROOT, descendants, digests
@@ -925,9 +925,13 @@ def test_committed_pages_match_results():
         ("grpo --micro-batch 0", "--micro-batch 0: want a divisor of 64"),
         ("grpo --micro-batch 24", "--micro-batch 24: want a divisor of 64"),
         ("grpo", "make peers"),
+        ("sac", "--cleanrl FOLDER"),
+        ("td3 --cleanrl no/folder", "--cleanrl FOLDER"),
+        ("td3 --steps 1500", "--steps 1500: at least 1600"),
+        ("update --updates 3", "--updates 3: an even number"),
     ],
 )
-def test_speed_grpo_refuses(words, reason, tmp_path, monkeypatch):
+def test_speed_refuses(words, reason, tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "PEERS_PYTHON", tmp_path / "python")
     with pytest.raises(UserError, match=reason):
         speed.main(words.split())
@@ -941,6 +945,40 @@ def test_cost_of_a_token_without_warm_up():
     parts = {part: [9.0, 9.0, 1.0, 0.5] for part in speed.PARTS}
     found = speed.per_token(parts | {"seconds": [9.0, 9.0, 3.0, 2.0], "tokens": [1, 1, 6, 4]})
     assert found == {"seconds": 0.5} | dict.fromkeys(speed.PARTS, 0.15)
+
+
+def test_rates_are_compared_in_pairs(capsys):
+    speed.print_rates({"ours": [30.0, 40.0, 10.0], "peer": [10.0, 20.0, 10.0]})
+    assert "ours / peer 2.00x [1.00, 3.00] over 3 pairs; steps/s ours 30" in capsys.readouterr().out
+
+
+def test_share_counts_updates_with_and_without_the_actor(tmp_path, monkeypatch, capsys):
+    """In every second update of the script there is twice the work."""
+    (tmp_path / "delayed.py").write_text(DELAYED)
+    monkeypatch.setitem(sys.modules, "script", None)
+    with pytest.raises(SystemExit):
+        flops.main(str(tmp_path / "delayed.py"), 4, 1, [])
+    found = json.loads(capsys.readouterr().out)
+    assert found["flops"] == [2000, 4000, 2000, 4000] and len(found["seconds"]) == 4
+
+
+DELAYED = """
+from dataclasses import dataclass
+
+import torch
+
+@dataclass
+class Args:
+    updates: int = 50
+
+def update(number):
+    a = torch.ones(10, 10 + 10 * (number % 2))
+    return a @ a.T
+
+def main(args):
+    for number in range(args.updates):
+        update(number)
+"""
 
 
 def test_peak_memory_is_that_of_the_script_alone(tmp_path):
