@@ -54,6 +54,8 @@ class Job:
     run_dir: Path
     results: Path
     processes: int = 1
+    teacher: Path | None = None
+    """the link to its run directory that --teacher names"""
 
     @property
     def name(self) -> str:
@@ -217,6 +219,8 @@ def harvest(job: Job, code: int, attempts: list[dict]) -> tuple[dict, str | None
         "script_sha256": job.digest(),
         "machine": machine(),
     }
+    if job.teacher:
+        record["teacher"] = job.teacher.resolve().name.rpartition("__")[0]
     flaw = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     try:
         told = json.loads((job.run_dir / "args.json").read_text())

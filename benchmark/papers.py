@@ -85,6 +85,8 @@ class Run(Table):
     """keys of metrics.csv to keep; a run that lacks one of them has failed"""
     prepare: str = ""
     """module, with its flags, to run once before the first run: `python -m PREPARE`"""
+    teacher: str = ""
+    """"PAPER RUN": --teacher is that run's best seed on the environment, see teachers.py"""
 
     def flags(self, scale: Scale) -> list[str] | None:
         """The flags at `scale`; None where the run is not part of it."""
@@ -182,6 +184,8 @@ class Paper(Table):
         for run in self.runs:
             if not (ROOT / "algos" / f"{run.script}.py").exists():
                 raise ValueError(f"run {run.name!r}: there is no algos/{run.script}.py")
+            if run.teacher and len(run.teacher.split()) != 2:
+                raise ValueError(f"run {run.name!r}: teacher {run.teacher!r}, want PAPER RUN")
             missing = [s for s in SCALES if getattr(run, s) is not None and s not in self.scales]
             if missing:
                 raise ValueError(f"run {run.name!r} has {missing[0]}, but [scales] has not")

@@ -362,6 +362,14 @@ def table(evidence: Evidence) -> list[str]:
             lines += ["", "Last value of the other metrics:", "", *header(["", *names]), *rows]
         flags = {f"`{run.name}`: `{' '.join(run.flags(evidence.scale))}`" for run, _ in groups}
         lines += ["", f"Flags: {'; '.join(sorted(flags))}."]
+        teachers = {
+            f"{env}: `{record['teacher']}`"
+            for run, env in groups
+            for record in (evidence.records[job.name] for job in evidence.done(run.name, env))
+            if "teacher" in record
+        }
+        if teachers:
+            lines += ["", f"Teachers: {'; '.join(sorted(teachers))}."]
     return lines
 
 

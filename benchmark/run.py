@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from benchmark import jobs, papers, results
+from benchmark import jobs, papers, results, teachers
 from benchmark.papers import Scale
 from benchmark.results import records
 from rlhf import UserError
@@ -61,6 +61,9 @@ def plan(
 
 def job(paper, scale, run: papers.Run, env: str, seed: int, flags: list[str], folder) -> jobs.Job:
     flags = [*(["--env-id", env] if env else []), *flags, "--seed", str(seed)]
+    teacher = teachers.link(run.teacher, env, scale, RUNS) if run.teacher else None
+    if teacher:
+        flags += ["--teacher", str(teacher.relative_to(jobs.ROOT))]
     # other flags are another run: its checkpoints would refuse them
     digest = hashlib.sha256(json.dumps([run.script, run.processes, flags]).encode()).hexdigest()
     return jobs.Job(
@@ -75,16 +78,23 @@ def job(paper, scale, run: papers.Run, env: str, seed: int, flags: list[str], fo
         run_dir=RUNS / paper / scale / f"{run.name}__{env or 'builtin'}__{seed}__{digest[:8]}",
         results=folder,
         processes=run.processes,
+        teacher=teacher,
     )
 
 
-def prepare(planned: list[jobs.Job], paper: papers.Paper) -> None:
+def prepare(planned: list[jobs.Job], paper: papers.Paper, workers: int, console: Console) -> None:
     """What some runs need once before they start."""
-    names = {job.run for job in planned}
-    for words in dict.fromkeys(run.prepare for run in paper.runs if run.name in names):
+    wanted = {job.run: paper.run(job.run) for job in planned}
+    for words in dict.fromkeys(run.prepare for run in wanted.values() if run.prepare):
         command = [sys.executable, "-m", *shlex.split(words)]
-        if words and subprocess.run(command, cwd=jobs.ROOT).returncode:
+        if subprocess.run(command, cwd=jobs.ROOT).returncode:
             raise UserError(f"python -m {words} failed, see above")
+    pupils = {job.teacher: job for job in planned if job.teacher}
+    for path, pupil in pupils.items():
+        name, run_name, scale = teachers.source(wanted[pupil.run].teacher, pupil.scale)
+        candidates = plan(name, scale, folder=pupil.results)
+        candidates = [j for j in candidates if (j.run, j.env) == (run_name, pupil.env)]
+        teachers.provide(path, candidates, workers, console)
 
 
 def run(
@@ -133,7 +143,7 @@ def run(
         results.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--results {results}: {error.strerror}") from error
-    prepare(missing, papers.load(paper))
+    prepare(missing, papers.load(paper), workers, console)
     if launcher == "processes":
         watch = jobs.launch(missing, workers, console)
     else:

@@ -652,7 +652,7 @@ def update(paper: str | None = None, updates: int = 10, threads: int = 1) -> Non
     for name in [paper] if paper else papers.names():
         for run in papers.load(name).runs:
             flags = run.flags("laptop") or run.flags("paper")
-            if run.script in seen or flags is None:
+            if run.script in seen or flags is None or run.teacher:  # whose update is its parent's
                 continue
             seen.add(run.script)
             envs = ["--env-id", run.envs[0]] if run.envs else []

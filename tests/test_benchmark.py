@@ -30,7 +30,7 @@ from pathlib import Path
 parser = argparse.ArgumentParser()
 for name in ("--run-dir", "--wait"):
     parser.add_argument(name, type=Path)
-for name in ("--resume", "--env-id", "--end", "--key"):
+for name in ("--resume", "--env-id", "--end", "--key", "--teacher"):
     parser.add_argument(name, default="")
 for name in ("--seed", "--bonus", "--fail-seed"):
     parser.add_argument(name, type=int, default=0)
@@ -111,6 +111,9 @@ low = 100.0
 def copy_folder(name, root, *without):
     skip = shutil.ignore_patterns("results", "peers", "__pycache__", *without)
     shutil.copytree(ROOT / name, root / name, ignore=skip)
+
+
+VOLATILE = ("started", "wall_seconds")
 
 
 class Project:
@@ -634,6 +637,67 @@ def test_two_commands_at_once(project, tmp_path):
     assert len((fake.results / "fake" / "smoke.jsonl").read_text().splitlines()) == 4
     loser = next(out for _, out, _ in ended if "elsewhere new__builtin__1" in out)
     assert "in the hands of another command" in loser
+
+
+TEACHER = """
+[[runs]]
+name = "pupil"
+script = "fake"
+laptop = "--key charts/episodic_return"
+teacher = "fake master"
+metrics = ["score"]
+
+[[runs]]
+name = "master"
+script = "fake"
+laptop = "--key charts/episodic_return"
+metrics = ["charts/episodic_return"]
+
+[[claims]]"""
+
+
+def test_best_seed_of_another_run_is_the_teacher(project):
+    project = project()
+    project.write_paper("--key charts/episodic_return", 1, "[[claims]]", TEACHER)
+    path = project.root / "benchmark" / "papers" / "fake.toml"
+    path.write_text(path.read_text().replace('"score"', '"charts/episodic_return"'))
+    project.run("run", "fake", "--scale", "laptop")
+    made = results.records(project.results, "fake", "laptop")
+    assert set(made) == {
+        f"{run}__builtin__{s}" for run in ("new", "pupil", "master") for s in (1, 2, 3)
+    }
+    link = project.root / "runs" / "benchmark" / "teachers" / "fake-master--laptop"
+    assert f"--teacher {link.relative_to(project.root)}" in made["pupil__builtin__1"]["command"]
+    assert link.resolve().name.startswith("master__builtin__3__")  # scores grow with the seed
+    assert made["pupil__builtin__1"]["teacher"] == "master__builtin__3"
+    project.run("report")
+    assert "`master__builtin__3`" in (project.root / "docs" / "benchmark" / "fake.md").read_text()
+
+    # results that came from another machine: its best run is made again, the others are not
+    shutil.rmtree(project.root / "runs")
+    (project.results / "fake" / "laptop" / "pupil__builtin__1.csv").unlink()
+    project.run("run", "fake", "--scale", "laptop")
+    assert (link / "metrics.csv").exists() and len(list(link.resolve().parent.iterdir())) == 2
+    strip = [{k: v for k, v in r.items() if k not in VOLATILE} for r in made.values()]
+    assert strip == [
+        {k: v for k, v in r.items() if k not in VOLATILE}
+        for r in results.records(project.results, "fake", "laptop").values()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "words"),
+    [
+        ("fake", "teacher 'fake', want PAPER RUN"),
+        ("fake nobody", "there is no run 'nobody'"),
+        ("nothing new", "there is no paper 'nothing'"),
+        ("fake new", "does not keep charts/episodic_return"),
+    ],
+)
+def test_teacher_that_there_is_not(teacher, words, project):
+    project = project()
+    project.write_paper("", 1, "[[claims]]", TEACHER.replace("fake master", teacher))
+    assert words in project.refuse("run", "fake", "--scale", "laptop")
 
 
 def test_full_disk_of_the_results(project, tmp_path):

@@ -1,5 +1,6 @@
 """The contracts of design.md, section 3, over every script in algos/."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from tests.cases import CASES, case
@@ -245,12 +247,18 @@ def test_killed_rank_ends_the_others(script, victim, tmp_path):
         wounded.poll_until(lambda: len(checkpoints(run_dir)) == 2)
         ranks = wounded.ranks()
         assert sorted(ranks) == [0, 1]
+        survivor = psutil.Process(ranks[1 - victim])
         os.kill(ranks[victim], signal.SIGKILL)
         killed_at = time.monotonic()
+        # of the rank, not of torchrun, whose own end takes long on a busy machine; a zombie is one
+        # that torchrun has not noticed yet
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while survivor.status() != psutil.STATUS_ZOMBIE:
+                assert time.monotonic() - killed_at < 25, "torchrun kills it after 30 seconds"
+                time.sleep(0.05)
         code, _, _ = wounded.finish()
         assert code != 0
-        assert time.monotonic() - killed_at < 30
-        assert not os.path.exists(f"/proc/{ranks[1 - victim]}")
+        assert not survivor.is_running()
 
 
 BAD_INPUT = [

@@ -1,0 +1,71 @@
+"""The teacher of runs that learn from another run: its best seed, whose folder they get by a link.
+
+A run with `teacher = "td3 mujoco"` gets --teacher runs/benchmark/teachers/td3-mujoco-ENV-SCALE.
+Best is the mean return of the last 100 training episodes. Runs of the teacher that are missing are
+made first; they are ordinary runs of their own paper, at the same scale or, where they have no part
+in that, at the next larger one.
+"""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmark import jobs, papers
+from benchmark.papers import Scale
+from rlhf import UserError
+
+METRIC = "charts/episodic_return"
+
+
+def source(teacher: str, scale: Scale) -> tuple[str, str, Scale]:
+    """Paper, run and scale of the runs among which the teacher is."""
+    name, run_name = teacher.split()
+    try:
+        run = papers.load(name).run(run_name)
+    except ValueError as error:
+        raise UserError(f"teacher {teacher!r}: {error}") from error
+    if METRIC not in run.metrics:
+        raise UserError(f"teacher {teacher!r}: that run does not keep {METRIC}")
+    for larger in papers.SCALES[papers.SCALES.index(scale) :]:
+        if run.flags(larger) is not None:
+            return name, run_name, larger
+    raise UserError(f"teacher {teacher!r}: that run has no scale {scale} or larger")
+
+
+def link(teacher: str, env: str, scale: Scale, runs: Path) -> Path:
+    """Where --teacher points, whether it exists or not."""
+    return runs / "teachers" / "-".join([*source(teacher, scale)[:2], env, scale])
+
+
+def best(candidates: list[jobs.Job]) -> jobs.Job:
+    """The one with the highest score; the lower seed where two are equal."""
+    stored = candidates[0].stored()
+    missing = [job.name for job in candidates if not job.finished(stored)]
+    if missing:
+        raise UserError(
+            f"the teacher is one of {len(candidates)} runs, of which {missing[0]} failed"
+        )
+    return max(candidates, key=lambda job: stored[job.name]["scores"][METRIC]["last_100"])
+
+
+def provide(path: Path, candidates: list[jobs.Job], workers: int, console: Console) -> None:
+    """Run what is missing of the candidates and let `path` lead to the best one's folder.
+
+    Raises UserError where a candidate fails.
+    """
+    stored = candidates[0].stored()
+    if missing := [job for job in candidates if not job.finished(stored)]:
+        console.print(f"{path.name}: {len(missing)} of {len(candidates)} runs of the teacher to go")
+        jobs.launch(missing, workers, console)
+    teacher = best(candidates)
+    if not (teacher.run_dir / "args.json").exists():  # the results came from another machine
+        console.print(f"{path.name}: making {teacher.name} again")
+        if subprocess.run(teacher.command(sys.executable), cwd=jobs.ROOT).returncode:
+            raise UserError(f"{shlex.join(teacher.command())} failed, see above")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.symlink_to(teacher.run_dir.resolve(), target_is_directory=True)
+    console.print(f"{path.name}: {teacher.name}")
