@@ -351,7 +351,7 @@ def respond(replica, tokenizer, records, seed, args) -> list[Response]:
         pad_id=pad_token_id(tokenizer),
         temperature=args.temperature,
         cache_gb=args.cache_gb,
-        generator=torch.Generator(replica.device).manual_seed(seed),
+        generator=torch.Generator().manual_seed(seed),
     )
     return split(completions, response_texts(tokenizer, completions))
 

@@ -352,7 +352,7 @@ def respond(replica, tokenizer, records, seed, args) -> tuple[dict, list[str]]:
         pad_id=pad_token_id(tokenizer),
         temperature=args.temperature,
         cache_gb=args.cache_gb,
-        generator=torch.Generator(replica.device).manual_seed(seed),
+        generator=torch.Generator().manual_seed(seed),
     )
     batch = response_batch(prompts, completions, args.response_length)
     return batch, response_texts(tokenizer, completions)

@@ -123,7 +123,6 @@ def draw_samples(
     stop: str | None = None,
 ) -> Samples:
     """One completion of each prompt; the same seed draws the same completions."""
-    device = next(model.parameters()).device
     drawn = generate(
         model,
         list(prompts),
@@ -132,7 +131,7 @@ def draw_samples(
         pad_id=pad_token_id(tokenizer),
         temperature=temperature,
         slots=batch_size,
-        generator=torch.Generator(device).manual_seed(seed),
+        generator=torch.Generator().manual_seed(seed),
     )
     lengths = drawn.lengths.tolist()
     ids = [row[:n] for row, n in zip(drawn.tokens.tolist(), lengths, strict=True)]

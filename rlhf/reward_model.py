@@ -330,7 +330,6 @@ def sample_rows(
     batch_size: int = 64,
 ) -> tuple[list[str], list[list[int]]]:
     """Samples of a language model as texts, and as rows prompt + completion + EOS for scoring."""
-    device = next(model.parameters()).device
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     drawn = generate(
         model,
@@ -340,7 +339,7 @@ def sample_rows(
         pad_id=pad_token_id(tokenizer),
         temperature=temperature,
         slots=batch_size,
-        generator=torch.Generator(device).manual_seed(seed),
+        generator=torch.Generator().manual_seed(seed),
     )
     texts, rows = [], []
     for prompt, tokens, length, stopped in zip(

@@ -249,7 +249,10 @@ def sample(
     # One uniform number a row instead of V exponential ones (torch.multinomial).
     # PITFALL: a float32 running sum over a large vocabulary loses the rare words: use float64
     cdf = probs.cumsum(1, dtype=torch.float64)
-    draw = torch.rand(len(cdf), 1, dtype=torch.float64, device=cdf.device, generator=generator)
+    # drawn where the generator is: one of the CPU gives a GPU the draws that a CPU would see
+    place = generator.device if generator else cdf.device
+    draw = torch.rand(len(cdf), 1, dtype=torch.float64, device=place, generator=generator)
+    draw = draw.to(cdf.device, non_blocking=True)
     tokens = torch.searchsorted(cdf, draw * cdf[:, -1:], right=True).clamp_(max=cdf.shape[1] - 1)
     return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
 
