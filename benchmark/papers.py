@@ -81,6 +81,8 @@ class Run(Table):
     paper: str | None = None
     processes: int = Field(1, ge=1)
     """above 1, torchrun starts them"""
+    seeds: int | None = Field(None, ge=1)
+    """fewer seeds than the scale has"""
     metrics: list[str] = Field(min_length=1)
     """keys of metrics.csv to keep; a run that lacks one of them has failed"""
     prepare: str = ""
@@ -220,6 +222,10 @@ class Paper(Table):
 
     def run(self, name: str) -> Run:
         return pick(self.runs, "run", "name", name)
+
+    def seeds(self, run: Run, scale: Scale) -> int:
+        most = self.scales[scale].seeds
+        return min(most, run.seeds or most)
 
     def number(self, name: str) -> Number:
         return pick(self.numbers, "number", "id", name)

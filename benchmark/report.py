@@ -94,14 +94,15 @@ def judge(claim: papers.Claim, found: dict[str, Evidence]) -> Judged:
         envs = evidence.paper.claim_envs(claim)
         names = [name for name in (claim.run, claim.baseline) if name]
         groups = [(name, env) for name in names for env in envs]
-        wanted = max(MIN_RUNS, evidence.paper.scales[scale].seeds)
+        paper = evidence.paper
+        wanted = [max(MIN_RUNS, paper.seeds(paper.run(name), scale)) for name, _ in groups]
         done = [len(evidence.done(*group)) for group in groups]
         failed = [len(evidence.failed(*group)) for group in groups]
         if not all(evidence.jobs_of(*group) for group in groups):
             continue  # not part of this scale
-        if min(map(sum, zip(done, failed, strict=True))) < wanted:
+        if any(d + f < w for d, f, w in zip(done, failed, wanted, strict=True)):
             if any(done) or any(failed):
-                why = f"{scale}: {sum(done)} of {wanted * len(groups)} runs so far"
+                why = f"{scale}: {sum(done)} of {sum(wanted)} runs so far"
                 reasons.append(why + (f", {sum(failed)} failed" if any(failed) else ""))
             continue
         if any(failed):
@@ -113,7 +114,8 @@ def judge(claim: papers.Claim, found: dict[str, Evidence]) -> Judged:
         if end < 0.99 * asked:  # a batch may not divide the steps, and a CSV has 100 stretches
             reasons.append(f"{scale}: runs end at step {end:,}, before {asked:,}")
             continue
-        runs = f"{min(done)} x {len(groups)}" if len(groups) > 1 else f"{min(done)}"
+        alike = len(groups) > 1 and len(set(wanted)) == 1
+        runs = f"{min(done)} x {len(groups)}" if alike else " + ".join(map(str, done))
         try:
             interval = effect(claim, evidence, envs)
         except ValueError as error:  # a ratio to a baseline whose mean is not positive

@@ -51,7 +51,8 @@ def plan(
     for seed in range(1, (seeds or paper.scales[scale].seeds) + 1):
         for run in paper.runs:
             flags = run.flags(scale)
-            for env in (run.envs or [""]) if flags is not None else ():
+            taken = flags is not None and seed <= (seeds or paper.seeds(run, scale))
+            for env in (run.envs or [""]) if taken else ():
                 if wanted is None or (run.name, env) in wanted:
                     planned.append(job(name, scale, run, env, seed, flags, folder))
     if not planned:

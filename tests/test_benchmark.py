@@ -700,6 +700,14 @@ def test_teacher_that_there_is_not(teacher, words, project):
     assert words in project.refuse("run", "fake", "--scale", "laptop")
 
 
+def test_run_with_fewer_seeds_than_the_scale(project):
+    project = project()
+    project.write_paper("", 1, 'metrics = ["score"]', 'seeds = 2\nmetrics = ["score"]')
+    for flags, seeds in (([], "12"), (["--seeds", 3], "123")):
+        out, _ = project.run("run", "fake", "--scale", "laptop", "--dry-run", *flags)
+        assert re.findall(r"--seed (\d+)", out) == list(seeds)
+
+
 def test_full_disk_of_the_results(project, tmp_path):
     fake = project()
     disk = tmp_path / "disk"
@@ -889,6 +897,18 @@ def test_verdict_needs_all_runs():
     versus = claimed(1.5, effect="ratio", baseline="old")
     found = judged(versus, evidence(versus, "paper", [6.0] * 3, [2.0]))
     assert found == ("not run", "", "", "paper: 4 of 6 runs so far", None)
+
+
+def test_verdict_of_a_run_with_fewer_seeds():
+    """A side needs the seeds that it has, and at least three."""
+    paper = claimed(1.5, effect="ratio", baseline="old")
+    old = paper.run("old").model_copy(update={"seeds": 3})
+    scales = {"paper": paper.scales["paper"].model_copy(update={"seeds": 5})}
+    paper = paper.model_copy(update={"runs": [paper.run("new"), old], "scales": scales})
+    found = judged(paper, evidence(paper, "paper", [12.0] * 5, [6.0] * 3))
+    assert found[:3] == ("reproduced", "paper", "5 + 3")
+    found = judged(paper, evidence(paper, "paper", [12.0] * 4, [6.0] * 3))
+    assert found == ("not run", "", "", "paper: 7 of 8 runs so far", None)
 
 
 def test_failed_runs_and_verdicts():
