@@ -3,8 +3,7 @@
 Paper: Soft Actor-Critic, Haarnoja, Zhou, Abbeel, Levine, 2018, arXiv 1801.01290, with the learned
 entropy coefficient of Soft Actor-Critic Algorithms and Applications, 2018, arXiv 1812.05905.
 
-A policy that earns reward and stays random, from transitions of a replay buffer; of two critics the
-lower one counts. Hyperparameters are those of CleanRL.
+Off-policy learning of a policy that earns reward and stays random. CleanRL's hyperparameters.
 
     a = tanh(u) scale + middle,  u = m(s) + exp(w(s)) eps,  eps ~ Normal(0, I)                  (1)
     log pi(a|s) = sum_i log Normal(u_i; m_i, exp(w_i)) - log(scale_i (1 - tanh(u_i)^2) + 1e-6)  (2)
@@ -60,7 +59,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python algos/x.py`
 
 from envs import UserError, report_user_error
-from envs.make import make_env, make_vector_env
+from envs.episodes import make_episodes, play_episodes
+from envs.make import make_vector_env
+from envs.scores import EVALUATED_LENGTHS, length_metrics
 from envs.state import set_vector_env_state, vector_env_state
 
 # ARGS ============================================================================================
@@ -118,6 +119,8 @@ class Args:
     """updates between evaluations; 0 evaluates at the end only"""
     eval_episodes: int = 10
     """episodes of an evaluation"""
+    eval_lengths: bool = False
+    """evaluate actions held for 1, 2, 4, ..., 30 and for random numbers of steps, too; FAS"""
     capture_video: bool = False
     """record the first episode of each evaluation (pip install moviepy)"""
     track: Literal["wandb", "trackio"] | None = None
@@ -331,14 +334,12 @@ def env_step(envs, actions, state, buffer, args):
         raise UserError(f"--env-id {args.env_id}: a reward is not a finite number")
     state["episode_return"] += rewards
     state["episode_length"] += 1
-    last_obs, episodes = next_obs, []
-    if "final_obs" in infos:
-        last_obs = next_obs.copy()
-        for n in np.flatnonzero(infos["_final_obs"]):
-            # PITFALL: next_obs[n] opens the next episode; what is stored must close this one.
-            last_obs[n] = infos["final_obs"][n]
-            episodes.append((state["episode_return"][n], state["episode_length"][n]))
-            state["episode_return"][n] = state["episode_length"][n] = 0
+    last_obs, episodes = next_obs.copy(), []
+    for n in np.flatnonzero(infos.get("_final_obs", ())):
+        # PITFALL: next_obs[n] opens the next episode; what is stored must close this one.
+        last_obs[n] = infos["final_obs"][n]
+        episodes.append((state["episode_return"][n], state["episode_length"][n]))
+        state["episode_return"][n] = state["episode_length"][n] = 0
     buffer.add(state["obs"], actions.reshape(len(actions), -1), last_obs, rewards, terminations)
     state["obs"] = next_obs.astype(np.float32)  # a copy: the environments write over their array
     return episodes
@@ -348,44 +349,45 @@ def env_step(envs, actions, state, buffer, args):
 
 
 @torch.no_grad()
-def evaluate(checkpoint, episodes, deterministic, video_dir=None):
+def evaluate(checkpoint, episodes, deterministic, video_dir=None, lengths=()):
     # diverges: a squashed Gaussian, and decisions that last several steps
-    """Returns of some episodes with a saved agent, on the CPU.
+    """Returns (episodes,) with a saved agent, on the CPU; episode i starts from seed + 10_000 + i.
 
-    Episode i starts from seed + 10_000 + i, whatever training did. deterministic: the squashed
-    mean, else a draw. video_dir: where to record the first episode.
+    deterministic: the squashed mean, else a draw. video_dir: where to record the first episode.
+    lengths: instead (lengths, episodes), from seed + 20_000 + i, of actions held for so many steps.
     """
-    file = checkpoint / "rank0.pt"
-    saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # leaves the buffer
-    env = make_env(saved["args"]["env_id"], video_dir, saved["args"]["action_repeat"])
-    agent = Agent(env.observation_space, env.action_space)
+    # mmap leaves the buffer on disk
+    saved = torch.load(checkpoint / "rank0.pt", map_location="cpu", weights_only=True, mmap=True)
+    envs = make_episodes(saved["args"]["env_id"], episodes, video_dir)
+    agent = Agent(envs[0].observation_space, envs[0].action_space)
     agent.load_state_dict(saved["agent"])
-    seed = saved["args"]["seed"] + 10_000
+    seed = saved["args"]["seed"] + (20_000 if lengths else 10_000)
     act, generator = numpy_policy(agent), np.random.default_rng(seed)
-    returns = np.zeros(episodes)
-    for i in range(episodes):
-        obs, _ = env.reset(seed=seed + i)
-        done = False
-        while not done:
-            noise = 0.0 if deterministic else generator.standard_normal(len(agent.scale))
-            action = act(obs.astype(np.float32), noise).reshape(env.action_space.shape)
-            obs, reward, terminated, truncated, _ = env.step(action)
-            returns[i] += reward
-            done = terminated or truncated
-    env.close()
-    return returns
+
+    def decide(obs, _, steps):
+        noise = 0.0 if deterministic else generator.standard_normal((len(obs), len(agent.scale)))
+        return act(obs, noise)[:, None].repeat(steps, 1)
+
+    returns = play_episodes(envs, seed, lengths or [saved["args"]["action_repeat"]], decide)
+    return returns if lengths else returns[0]
 
 
-def evaluate_and_log(checkpoint, step, log, args):
-    """Rank 0 evaluates a checkpoint with likeliest and with drawn actions."""
+def evaluate_and_log(checkpoint, step, log, args, best):
+    # diverges: --eval-lengths
+    """Rank 0 evaluates a checkpoint in all ways; best: as in `length_metrics`."""
     if dist.get_rank() > 0:
         return
+    means = {}
     for mode in ("deterministic", "stochastic"):
         video_dir = checkpoint.parents[1] / "videos" / f"{step}-{mode}"
         video_dir = video_dir if args.capture_video else None
         returns = evaluate(checkpoint, args.eval_episodes, mode == "deterministic", video_dir)
         log.add(step, {f"eval/{mode}_return": returns.mean(), f"eval/{mode}_std": returns.std()})
         tqdm.write(f"step {step}: {mode} return {returns.mean():.1f} +- {returns.std():.1f}")
+        means[mode] = returns.mean()
+    if args.eval_lengths:
+        returns = evaluate(checkpoint, args.eval_episodes, True, lengths=EVALUATED_LENGTHS)
+        log.add(step, length_metrics(returns.mean(1), means["deterministic"], best, args.env_id))
 
 
 # CHECKPOINT ======================================================================================
@@ -698,8 +700,7 @@ def main(args):
     alpha = 1.0 if args.autotune else args.alpha
     agent = Agent(envs.single_observation_space, envs.single_action_space, alpha).to(device)
     low, high = envs.single_action_space.low.ravel(), envs.single_action_space.high.ravel()
-    nets = {"critic": agent.critic, "actor": agent.actor, "target": agent.target}
-    flat = {name: flatten_parameters(net) for name, net in nets.items()}
+    flat = {n: flatten_parameters(getattr(agent, n)) for n in ("critic", "actor", "target")}
     flat["alpha"] = agent.log_alpha
     flat["alpha"].grad = torch.zeros_like(agent.log_alpha)
     rates = {"critic": args.q_lr, "actor": args.policy_lr, "alpha": args.q_lr}
@@ -717,11 +718,11 @@ def main(args):
     state = {"obs": obs.astype(np.float32)}
     state |= {"episode_return": np.zeros(N), "episode_length": np.zeros(N)}
     global_step = updates = log_size = 0
-    evaluation_due = False
+    evaluation_due, best = False, {"return": -math.inf, "fas": 0.0}
     if path:
         saved = load_checkpoint(path, args)
-        global_step, updates = saved["global_step"], saved["updates"]
-        log_size, evaluation_due = saved["log_size"], saved["evaluation_due"]
+        global_step, updates, log_size = (saved[n] for n in ("global_step", "updates", "log_size"))
+        evaluation_due, best = saved["evaluation_due"], saved.get("best", best)
         agent.load_state_dict(saved["agent"])
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(saved["optimizers"][name])
@@ -735,7 +736,7 @@ def main(args):
 
     def checkpoint():
         whole = {"args": plain_args(args), "global_step": global_step, "updates": updates}
-        whole |= {"log_size": log.size(), "evaluation_due": evaluation_due}
+        whole |= {"log_size": log.size(), "evaluation_due": evaluation_due, "best": best}
         whole |= {"agent": agent.state_dict(), "buffer": buffer.state()}
         whole |= {"optimizers": {name: o.state_dict() for name, o in optimizers.items()}}
         whole |= {"state": {name: torch.from_numpy(array) for name, array in state.items()}}
@@ -750,7 +751,7 @@ def main(args):
     bar = tqdm(total=total, initial=global_step, unit="step", disable=rank > 0)
     while True:
         if global_step == total or evaluation_due:
-            evaluate_and_log(path, global_step, log, args)
+            evaluate_and_log(path, global_step, log, args, best)
         if global_step == total:
             break
         started, start_step, start_updates = time.monotonic(), global_step, updates

@@ -63,7 +63,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python algos/x.py`
 
 from envs import UserError, report_user_error
-from envs.make import make_env, make_vector_env
+from envs.episodes import make_episodes, play_episodes
+from envs.make import make_vector_env
 from envs.state import set_vector_env_state, vector_env_state
 
 # ARGS ============================================================================================
@@ -326,14 +327,12 @@ def env_step(envs, actions, state, buffer, args):
         raise UserError(f"--env-id {args.env_id}: a reward is not a finite number")
     state["episode_return"] += rewards
     state["episode_length"] += 1
-    last_obs, episodes = next_obs, []
-    if "final_obs" in infos:
-        last_obs = next_obs.copy()
-        for n in np.flatnonzero(infos["_final_obs"]):
-            # PITFALL: next_obs[n] opens the next episode; what is stored must close this one.
-            last_obs[n] = infos["final_obs"][n]
-            episodes.append((state["episode_return"][n], state["episode_length"][n]))
-            state["episode_return"][n] = state["episode_length"][n] = 0
+    last_obs, episodes = next_obs.copy(), []
+    for n in np.flatnonzero(infos.get("_final_obs", ())):
+        # PITFALL: next_obs[n] opens the next episode; what is stored must close this one.
+        last_obs[n] = infos["final_obs"][n]
+        episodes.append((state["episode_return"][n], state["episode_length"][n]))
+        state["episode_return"][n] = state["episode_length"][n] = 0
     buffer.add(state["obs"], actions.reshape(len(actions), -1), last_obs, rewards, terminations)
     state["obs"] = next_obs.astype(np.float32)  # a copy: the environments write over their array
     return episodes
@@ -345,31 +344,25 @@ def env_step(envs, actions, state, buffer, args):
 @torch.no_grad()
 def evaluate(checkpoint, episodes, deterministic, video_dir=None):
     # diverges: a deterministic actor with noise of its own
-    """Returns of some episodes with a saved agent, on the CPU.
+    """Returns (episodes,) with a saved agent, on the CPU.
 
     Episode i starts from seed + 10_000 + i, whatever training did. deterministic: without
     exploration noise. video_dir: where to record the first episode.
     """
-    file = checkpoint / "rank0.pt"
-    saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # leaves the buffer
-    env = make_env(saved["args"]["env_id"], video_dir, saved["args"]["action_repeat"])
-    agent = Agent(env.observation_space, env.action_space)
+    # mmap leaves the buffer on disk
+    saved = torch.load(checkpoint / "rank0.pt", map_location="cpu", weights_only=True, mmap=True)
+    envs = make_episodes(saved["args"]["env_id"], episodes, video_dir)
+    agent = Agent(envs[0].observation_space, envs[0].action_space)
     agent.load_state_dict(saved["agent"])
     seed = saved["args"]["seed"] + 10_000
     act, generator = numpy_policy(agent), np.random.default_rng(seed)
     std = 0.0 if deterministic else saved["args"]["exploration_noise"]
-    returns = np.zeros(episodes)
-    for i in range(episodes):
-        obs, _ = env.reset(seed=seed + i)
-        done = False
-        while not done:
-            noise = std * generator.standard_normal(len(agent.scale))
-            action = act(obs.astype(np.float32), noise).reshape(env.action_space.shape)
-            obs, reward, terminated, truncated, _ = env.step(action)
-            returns[i] += reward
-            done = terminated or truncated
-    env.close()
-    return returns
+
+    def decide(obs, _, steps):
+        noise = std * generator.standard_normal((len(obs), len(agent.scale)))
+        return act(obs, noise)[:, None].repeat(steps, 1)
+
+    return play_episodes(envs, seed, [saved["args"]["action_repeat"]], decide)[0]
 
 
 def evaluate_and_log(checkpoint, step, log, args):
@@ -684,9 +677,8 @@ def main(args):
     seed_everything(args.seed)  # every process builds the same weights
     agent = Agent(envs.single_observation_space, envs.single_action_space).to(device)
     low, high = envs.single_action_space.low.ravel(), envs.single_action_space.high.ravel()
-    nets = {"critic": agent.critic, "actor": agent.actor, "target": agent.target}
-    nets["target_actor"] = agent.target_actor
-    flat = {name: flatten_parameters(net) for name, net in nets.items()}
+    names = "critic", "actor", "target", "target_actor"
+    flat = {n: flatten_parameters(getattr(agent, n)) for n in names}
     optimizers = {name: adam(flat[name], args.learning_rate) for name in ("critic", "actor")}
     gradients = {"critic": critic_gradient, "actor": actor_gradient}
     gradients = {name: partial(f, agent, flat, args=args) for name, f in gradients.items()}
