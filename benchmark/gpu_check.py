@@ -31,6 +31,7 @@ FLAGS = {
     "ppo_continuous_action": "--num-envs 8 --num-steps 256 --total-timesteps 8192",
     "sac_continuous_action": OFF_POLICY,
     "td3_continuous_action": OFF_POLICY,
+    "srl": OFF_POLICY.replace("learning-starts", "random-steps") + " --no-eval-lengths",
     "ppo_rlhf_fsdp": "--total-episodes 192 --eval-prompts 16",
     "grpo_fsdp": GROUPS,
     "rft_fsdp": GROUPS,

@@ -5,6 +5,7 @@ raises UserError, one line, for an unknown or missing key, a value of the wrong 
 twice, and a claim that names a run, an environment or a number that does not exist.
 """
 
+import re
 import shlex
 import tomllib
 from pathlib import Path
@@ -147,6 +148,25 @@ class Claim(Table):
         return self
 
 
+class Picture(Table):
+    """[[pictures]]: the last values of a family of metrics over the number in their names."""
+
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    metric: str
+    """key in which * stands for the number: "eval/return@*" """
+    xlabel: str
+    """what the number counts"""
+    about: str
+    """what the picture shows, in words"""
+
+    def keys(self, run: Run) -> dict[int, str]:
+        """{number: key} of the metrics of `run` that belong to the family, in order."""
+        before, _, after = self.metric.partition("*")
+        pattern = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
+        found = [(pattern.fullmatch(key), key) for key in run.metrics]
+        return dict(sorted((int(match[1]), key) for match, key in found if match))
+
+
 class ScaleInfo(Table):
     """[scales.NAME]"""
 
@@ -164,6 +184,7 @@ class Paper(Table):
     runs: list[Run] = Field(min_length=1)
     numbers: list[Number] = []
     claims: list[Claim] = []
+    pictures: list[Picture] = []
 
     @model_validator(mode="before")
     @classmethod
@@ -179,6 +200,7 @@ class Paper(Table):
             ("run", [run.name for run in self.runs]),
             ("number", [number.id for number in self.numbers]),
             ("claim", [claim.id for claim in self.claims]),
+            ("picture", [picture.name for picture in self.pictures]),
         ):
             twice = {name for name in names if names.count(name) > 1}
             if twice:
@@ -196,6 +218,9 @@ class Paper(Table):
                     run.flags(scale)
                 except ValueError as error:  # a quotation mark without its partner
                     raise ValueError(f"run {run.name!r}, flags: {error}") from error
+        for picture in self.pictures:
+            if not any(picture.keys(run) for run in self.runs):
+                raise ValueError(f"picture {picture.name!r}: no run keeps {picture.metric!r}")
         for claim in self.claims:
             try:
                 self.check_claim(claim)

@@ -283,7 +283,7 @@ def page(name: str, found: dict[str, Evidence], claims: list[Judged], pictures: 
             lines += ["", f"## Results at scale {scale}", ""]
             about_scale = cell(paper.scales[scale].about)
             lines += [f"{about_scale[0].upper()}{about_scale[1:]}. {machines(evidence)}", ""]
-            here = [p for p in pictures if p[0].startswith(f"{name}-{scale}-curves")]
+            here = [p for p in pictures if p[0].startswith(f"{name}-{scale}-")]
             lines += [f"![{text}](images/{file})" for file, text in here]
             lines += table(evidence)
     if paper.numbers:
@@ -440,6 +440,29 @@ def curve_pictures(evidence: Evidence) -> dict[str, tuple[str, plots.Picture]]:
     return found
 
 
+def family_pictures(evidence: Evidence) -> dict[str, tuple[str, plots.Picture]]:
+    """As `curve_pictures`, for [[pictures]]: a panel for each environment, a line for each run."""
+    found = {}
+    for picture in evidence.paper.pictures:
+        panels = {}
+        for run in evidence.paper.runs:
+            keys = picture.keys(run)
+            for env in run.envs or [""]:
+                values = [evidence.scores(run.name, env, key, "last") for key in keys.values()]
+                if keys and len(values[0]):
+                    line = np.array(list(keys)), np.stack(values, 1)
+                    panels.setdefault(env, {})[run.name] = line
+        if panels:
+            drawn = [
+                plots.Panel(env, picture.xlabel, picture.metric, lines)
+                for env, lines in panels.items()
+            ]
+            text = f"{picture.about}; last values, mean and 95 % band over runs"
+            file = f"{evidence.name}-{evidence.scale}-{picture.name}.png"
+            found[file] = (text, plots.curves(drawn))
+    return found
+
+
 def curves_of(evidence: Evidence, done: list[jobs.Job], metric: str):
     folder = evidence.folder / evidence.name / evidence.scale
     return results.table([folder / f"{job.name}.csv" for job in done], metric)
@@ -492,7 +515,7 @@ def build(
             text = "effect of each claim with its 95 % interval; shaded: where it holds"
             drawn[f"{name}-claims.png"] = (text, picture)
         for evidence in found.values():
-            drawn |= curve_pictures(evidence)
+            drawn |= curve_pictures(evidence) | family_pictures(evidence)
         pictures = [(file, text) for file, (text, _) in drawn.items()]
         texts[here / f"{name}.md"] = page(name, found, board[name], pictures)
         images |= {here / "images" / file: made for file, (_, made) in drawn.items()}

@@ -62,7 +62,7 @@ CASES = {
         },
     ),
     "sac_continuous_action": Case(
-        smoke=OFF_POLICY,
+        smoke=OFF_POLICY + " --eval-lengths",
         changed="--gamma 0.9",
         learning="--env-id Pendulum-v1 --total-timesteps 6000 --learning-starts 1000",
         score=("eval/deterministic_return", -250),
@@ -93,6 +93,27 @@ CASES = {
             "--updates-per-step 0": "--updates-per-step 0",
             "--policy-noise -1": "--policy-noise -1",
             "--action-repeat 0": "--action-repeat 0",
+            "--total-timesteps 1": "--total-timesteps 1",
+            "--device cuda": "--device cpu",
+        },
+    ),
+    "srl": Case(
+        smoke="--env-id Hopper-v5 --num-envs 2 --batch-size 16 --sequence-length 3 "
+        "--random-steps 100 --updates-per-step 0.5 --log-every 10 --total-timesteps 800 "
+        "--buffer-size 500 --eval-every 150 --eval-episodes 2",
+        changed="--gamma 0.9",
+        # smaller batches than the paper's, for the sake of time
+        learning="--env-id Pendulum-v1 --sequence-length 2 --batch-size 64 "
+        "--total-timesteps 6000 --random-steps 1000 --no-eval-lengths",
+        score=("eval/deterministic_return", -400),
+        bad={
+            "--env-id Nope-v0": "--env-id Nope-v0",
+            "--env-id CartPole-v1": "ppo.py",
+            "--num-envs 0": "--num-envs 0",
+            "--batch-size 0": "--batch-size 0",
+            "--buffer-size 1": "--buffer-size 1",
+            "--updates-per-step 0": "--updates-per-step 0",
+            "--sequence-length 0": "--sequence-length 0",
             "--total-timesteps 1": "--total-timesteps 1",
             "--device cuda": "--device cpu",
         },
