@@ -992,6 +992,56 @@ def test_pages_of_a_small_paper(project, tmp_path):
     assert "Results at scale" not in (docs / "fake.md").read_text()
 
 
+def test_picture_of_a_family_of_metrics(tmp_path):
+    """A panel for each environment, a line for each run; one without results is left out."""
+    keys = ["m", "eval/x@4", "eval/x@1", "eval/x@random"]
+    base = {"script": "ppo", "laptop": "", "metrics": keys}
+    runs = [
+        base | {"name": "both", "envs": ["E", "F"]},
+        base | {"name": "one", "envs": ["E"]},
+        base | {"name": "waits", "envs": ["E"]},
+        base | {"name": "other", "envs": ["E"], "metrics": ["m"]},
+    ]
+    picture = {"name": "x", "metric": "eval/x@*", "xlabel": "size", "about": "x over size"}
+    about = {"title": "t", "authors": "a", "year": 2026, "link": "l"}
+    scales = {"laptop": {"seeds": 3, "about": ""}}
+    paper = Paper(paper=about, scales=scales, runs=runs, pictures=[picture])
+    planned, records = [], {}
+    for name, env, value in (
+        ("both", "E", 1),
+        ("both", "F", 2),
+        ("one", "E", 3),
+        ("other", "E", 4),
+    ):
+        for seed in (1, 2):
+            job = run.job("p", "laptop", paper.run(name), env, seed, [], tmp_path)
+            planned.append(job)
+            scores = {k: {"last": 10.0 * value + seed + n} for n, k in enumerate(job.metrics)}
+            records[job.name] = {"state": "done", "command": shlex.join(job.command())}
+            records[job.name]["scores"] = scores
+    planned.append(run.job("p", "laptop", paper.run("waits"), "E", 1, [], tmp_path))
+    found = report.Evidence("p", paper, "laptop", records, planned, tmp_path)
+    [(file, (text, drawn))] = report.family_pictures(found).items()
+    assert file == "p-laptop-x.png" and text.startswith("x over size; last values")
+    _, panels = drawn.data
+    assert [(p.title, p.xlabel, [*p.lines]) for p in panels] == [
+        ("E", "size", ["both", "one"]),
+        ("F", "size", ["both"]),
+    ]
+    sizes, values = panels[0].lines["one"]
+    assert sizes.tolist() == [1, 4]
+    assert values.tolist() == [[33, 32], [34, 33]], "runs in rows, in the order of the sizes"
+    drawn.save(tmp_path / file)
+    assert drawn.is_at(tmp_path / file) and min(Image.open(tmp_path / file).size) > 100
+    for record in records.values():
+        record["scores"]["m"]["last"] += 1
+    [(_, same)] = report.family_pictures(found).values()
+    assert same.is_at(tmp_path / file), "of these metrics only"
+    records["one__E__1"]["scores"]["eval/x@4"]["last"] += 1
+    [(_, other)] = report.family_pictures(found).values()
+    assert not other.is_at(tmp_path / file)
+
+
 def test_committed_pages_match_results():
     texts, images = report.build(results.RESULTS, report.ORDER[:2])
     stale = [path for path, text in texts.items() if report.read(report.DOCS / path) != text]

@@ -149,6 +149,24 @@ def test_defaults_of_runs(tmp_path):
     assert paper.run("text").flags("smoke") == [], "an own empty string stays"
 
 
+PICTURE = """
+[[pictures]]
+name = "sizes"
+metric = "eval/x@*"
+xlabel = "size"
+about = "x over size"
+"""
+KEYS = 'metrics = ["eval/x@10", "eval/kl", "eval/x@2", "eval/x@random", "eval/xx@3"]'
+
+
+def test_family_of_a_picture(tmp_path):
+    """In the order of its numbers; other keys are no part of it."""
+    paper = read(tmp_path, GOOD.replace('metrics = ["eval/kl"]', KEYS) + PICTURE)
+    [picture] = paper.pictures
+    assert list(picture.keys(paper.run("text")).items()) == [(2, "eval/x@2"), (10, "eval/x@10")]
+    assert picture.keys(paper.run("new")) == {}
+
+
 # What is changed in GOOD, and words of the one line that answers it.
 BAD = {
     "typo": ('title = "A Paper"', 'title = "A Paper', "line 3"),
@@ -207,6 +225,8 @@ BAD = {
     "compares and does not": ('effect = "ratio"', "", "compares with nothing"),
     "two comparisons": ('baseline = "old"', 'baseline = "old"\nnumbers = ["cartpole"]', "either"),
     "iqm of published": ('statistic = "mean"', "", "published values are means"),
+    "picture of nothing": ("[paper]", f"{PICTURE}[paper]", "'sizes': no run keeps 'eval/x@*'"),
+    "picture twice": ("[paper]", f"{PICTURE}{PICTURE}[paper]", "picture 'sizes' is there twice"),
     "two flaws": ("year = 2026\nlink", "yeer = 2026\nlinc", "(and "),
 }
 
