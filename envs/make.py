@@ -36,6 +36,18 @@ class ActionRepeat(gym.Wrapper):
         return obs, total, terminated, truncated, info
 
 
+class AfterReset(gym.Wrapper):
+    """Calls begin(env, obs) after each reset; it returns the observation to start from."""
+
+    def __init__(self, env: gym.Env, begin):
+        super().__init__(env)
+        self.begin = begin
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = self.env.reset(seed=seed, options=options)
+        return self.begin(self.env, obs), info
+
+
 def make_env(env_id: str, video_dir: Path | None = None, action_repeat: int = 1) -> gym.Env:
     """One environment with a one-dimensional Box observation; time limits as registered.
 
@@ -69,14 +81,21 @@ def make_env(env_id: str, video_dir: Path | None = None, action_repeat: int = 1)
     return ActionRepeat(env, action_repeat) if action_repeat > 1 else env
 
 
-def make_vector_env(env_id: str, num_envs: int, action_repeat: int = 1) -> SyncVectorEnv:
-    """`num_envs` copies stepped in turn.
+def make_vector_env(
+    env_id: str, num_envs: int, action_repeat: int = 1, begin=None
+) -> SyncVectorEnv:
+    """`num_envs` copies stepped in turn; begin: see `AfterReset`.
 
     SAME_STEP: a finished episode resets within the step that ends it. The step returns the first
     observation of the next episode; `infos["final_obs"]` holds the last one of the old episode.
     """
+
+    def make():
+        env = make_env(env_id, None, action_repeat)
+        return AfterReset(env, begin) if begin else env
+
     return SyncVectorEnv(
-        [lambda: make_env(env_id, None, action_repeat) for _ in range(num_envs)],
+        [make] * num_envs,
         copy=False,
         autoreset_mode=AutoresetMode.SAME_STEP,
     )

@@ -1,8 +1,8 @@
 """Save and restore the whole state of an environment, so that the same actions give the same bits.
 
 Covered: MuJoCo and classic-control environments under any stack of gymnasium wrappers whose only
-own state is the step counter of `TimeLimit`. A state is a dictionary of tensors and plain values,
-which `torch.load(weights_only=True)` reads.
+own state is that of `TimeLimit`. A state is a dictionary of tensors and plain values, which
+`torch.load(weights_only=True)` reads.
 """
 
 import sys
@@ -49,11 +49,16 @@ def env_state(env: gym.Env) -> dict:
         "simulator": simulator,
         "generator": base.np_random.bit_generator.state,
         "elapsed_steps": [limit._elapsed_steps for limit in _time_limits(env)],
+        "max_steps": [limit._max_episode_steps for limit in _time_limits(env)],
     }
 
 
 def set_env_state(env: gym.Env, state: dict) -> None:
-    """Put `env` where `env_state` found it. The environment must have been reset once."""
+    """Put `env` where `env_state` found it. The environment must have been reset once.
+
+    What the state lacks stays as it is: the generator of one that `play` saved, the length
+    of the time limit in older checkpoints.
+    """
     base = env.unwrapped
     simulator = {name: _unpack(value) for name, value in state["simulator"].items()}
     if _is_mujoco(base):
@@ -63,9 +68,13 @@ def set_env_state(env: gym.Env, state: dict) -> None:
     else:
         for name, value in simulator.items():
             setattr(base, name, value)
-    base.np_random.bit_generator.state = state["generator"]
-    for limit, elapsed in zip(_time_limits(env), state["elapsed_steps"], strict=True):
+    if "generator" in state:
+        base.np_random.bit_generator.state = state["generator"]
+    limits = _time_limits(env)
+    for limit, elapsed in zip(limits, state["elapsed_steps"], strict=True):
         limit._elapsed_steps = elapsed
+    for limit, steps in zip(limits, state.get("max_steps", ()), strict="max_steps" in state):
+        limit._max_episode_steps = steps
 
 
 def vector_env_state(envs: gym.vector.SyncVectorEnv) -> list[dict] | None:
@@ -83,6 +92,51 @@ def set_vector_env_state(envs: gym.vector.SyncVectorEnv, states: list[dict] | No
     for env, state in zip(envs.envs, states, strict=True):
         set_env_state(env, state)
     return True
+
+
+def play(env: gym.Env, act, episodes: int, seed: int, save_every: int = 0):
+    """Play whole episodes by `act(obs)`; episode i starts from seed + i. Returns their returns.
+
+    save_every: of the states that it acts in, counted through all episodes, save each such one.
+    Then returns also {"obs": (S, O), "actions": (S, A), "states"}, for `restore`. The states are
+    without generator: otherwise all episodes that start in one of them would meet the same chance.
+    """
+    saved, steps, returns = [], 0, np.zeros(episodes)
+    for i in range(episodes):
+        obs, _ = env.reset(seed=seed + i)
+        done = False
+        while not done:
+            action = act(obs).reshape(env.action_space.shape)
+            if save_every and steps % save_every == 0:
+                state = env_state(env)
+                del state["generator"]
+                saved.append((obs.copy(), action.ravel(), state))
+            obs, reward, terminated, truncated, _ = env.step(action)
+            returns[i] += reward
+            steps += 1
+            done = terminated or truncated
+    env.close()
+    if not save_every:
+        return returns
+    observations, actions, states = zip(*saved, strict=True)
+    arrays = {"obs": torch.from_numpy(np.stack(observations))}
+    arrays |= {"actions": torch.from_numpy(np.stack(actions))}
+    return returns, arrays | {"states": _stack(states)}
+
+
+def restore(env: gym.Env, saved: dict, i: int) -> np.ndarray:
+    """Put `env` into state number i of those that `play` saved. Returns its observation."""
+    set_env_state(env, _pick(saved["states"], i))
+    return saved["obs"][i].numpy().copy()
+
+
+def limit_steps(env: gym.Env, steps: int) -> None:
+    """Let the time limit cut the running episode after `steps` more steps."""
+    limits = _time_limits(env)
+    if not limits:
+        raise UserError(f"{env.spec.id} has no time limit that could be changed")
+    for limit in limits:
+        limit._max_episode_steps = limit._elapsed_steps + steps
 
 
 def _is_mujoco(base: gym.Env) -> bool:
@@ -107,6 +161,22 @@ def _is_plain(value) -> bool:
     if isinstance(value, tuple):
         return all(_is_plain(item) for item in value)
     return isinstance(value, bool | int | float | str | None | np.ndarray | np.floating)
+
+
+def _stack(states):
+    """Many states as one, of few tensors: thousands of small ones take long to save."""
+    first = states[0]
+    if isinstance(first, dict):
+        return {name: _stack([state[name] for state in states]) for name in first}
+    kinds = {(s.shape, s.dtype) if isinstance(s, torch.Tensor) else None for s in states}
+    return list(states) if None in kinds or len(kinds) > 1 else torch.stack(list(states))
+
+
+def _pick(states, i):
+    """State number i of those that `_stack` joined."""
+    if isinstance(states, dict):
+        return {name: _pick(part, i) for name, part in states.items()}
+    return states[i]
 
 
 def _pack(value):

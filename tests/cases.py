@@ -30,6 +30,21 @@ OFF_POLICY = (
     "--updates-per-step 0.5 --log-every 10 --total-timesteps 800 --buffer-size 500 "
     "--eval-every 150 --eval-episodes 2"
 )
+# a teacher of tests/teacher.py; the phases change in the middle of the run
+S3RL = "--teacher runs/tests/{}__Hopper-v5 --snapshot-timesteps {} --truncation 20 "
+S3RL_BAD = {
+    "--teacher no/folder": "no/folder",
+    "--env-id Walker2d-v5": "acts in Hopper-v5",
+    "--truncation 0": "--truncation 0",
+    "--clusters 0": "--clusters 0",
+    "--snapshot-every 0": "--snapshot-every 0",
+    "--teacher-episodes 0": "--teacher-episodes 0",
+    "--env-id Nope-v0": "--env-id Nope-v0",
+    "--env-id CartPole-v1": "ppo.py",
+    "--num-envs 0": "--num-envs 0",
+    "--total-timesteps 1": "--total-timesteps 1",
+    "--device cuda": "--device cpu",
+}
 CASES = {
     "ppo": Case(
         smoke="--env-id CartPole-v1 --num-envs 4 --num-steps 64 --total-timesteps 8192 "
@@ -116,6 +131,20 @@ CASES = {
             "--sequence-length 0": "--sequence-length 0",
             "--total-timesteps 1": "--total-timesteps 1",
             "--device cuda": "--device cpu",
+    "s3rl_td3": Case(
+        smoke="--env-id Hopper-v5 --num-envs 2 --batch-size 16 --learning-starts 100 "
+        "--log-every 10 --total-timesteps 800 --buffer-size 500 --eval-every 300 "
+        "--eval-episodes 2 " + S3RL.format("td3_continuous_action", 400),
+        changed="--truncation 30",
+        learning="--env-id Pendulum-v1 --total-timesteps 8000 --learning-starts 1000 "
+        "--teacher runs/tests/td3_continuous_action__Pendulum-v1 --snapshot-timesteps 2000",
+        score=("eval/deterministic_return", -250),  # that of the parent
+        prepare="tests.teacher td3_continuous_action",
+        bad=S3RL_BAD
+        | {
+            "--batch-size 0": "--batch-size 0",
+            "--buffer-size 1": "--buffer-size 1",
+            "--policy-noise -1": "--policy-noise -1",
         },
     ),
     "ppo_rlhf_fsdp": Case(

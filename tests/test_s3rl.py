@@ -1,0 +1,402 @@
+"""The S3RL scripts: snapshots, where episodes start and end, both phases, the teacher."""
+
+import importlib
+import io
+import shutil
+from collections import Counter
+from functools import partial
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from envs import UserError
+from envs.make import make_env, make_vector_env
+from envs.state import can_save_state, play, restore
+from envs.teacher import load_teacher
+from tests import teacher as teachers
+from tests.launch import Run, assert_same_run, checkpoints, content, rows, run, same
+from tests.test_contracts import one_line_error
+
+PARENTS = {"s3rl_td3": "td3_continuous_action"}
+every_script = pytest.mark.parametrize(
+    "script", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in PARENTS]
+)
+# flags of short runs on Pendulum-v1, whose episodes last 200 steps
+SHORT = {"s3rl_td3": "--learning-starts 100 --batch-size 16 --log-every 10"}
+IDS = "Ant-v5 HalfCheetah-v5 Hopper-v5 Humanoid-v5 Swimmer-v5 Walker2d-v5 Reacher-v5 "
+IDS += "InvertedPendulum-v5 Pendulum-v1 MountainCarContinuous-v0 CartPole-v1 Acrobot-v1"
+
+
+def module(script):
+    return importlib.import_module(f"algos.{script}")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """teacher(script): the folder of a run of its parent on Pendulum-v1."""
+    done = {}
+
+    def get(script):
+        if script not in done:
+            folder = tmp_path_factory.mktemp("teacher") / "run"
+            done[script] = teachers.make(PARENTS[script], "Pendulum-v1", folder)
+        return done[script]
+
+    return get
+
+
+def short_run(script, run_dir, *flags):
+    words = f"--env-id Pendulum-v1 --eval-episodes 1 {SHORT[script]}".split()
+    run(script, 1, *words, *flags, "--run-dir", run_dir)
+    return run_dir
+
+
+def random_actions(env):
+    env.action_space.seed(0)
+    return lambda obs: np.asarray(env.action_space.sample())
+
+
+def pendulum_snapshots(values, clusters=6):
+    """As many snapshots as values, of random play, with the probabilities of td3's script."""
+    env = make_env("Pendulum-v1")
+    _, saved = play(env, random_actions(env), 1, 0, 200 // len(values))
+    p, _ = module("s3rl_td3").start_probabilities(np.array(values), clusters)
+    assert len(saved["obs"]) == len(p)
+    return saved | {"probabilities": torch.from_numpy(p)}
+
+
+def first_phase(script, snapshots, truncation, num_envs=1):
+    args = SimpleNamespace(truncation=truncation, env_id="Pendulum-v1")
+    begin = partial(module(script).begin_episode, snapshots=snapshots, args=args)
+    return make_vector_env("Pendulum-v1", num_envs, begin=begin)
+
+
+# SNAPSHOTS =======================================================================================
+
+
+class Recorder(gym.Wrapper):
+    """Keeps all that steps give, an episode a list."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.episodes = []
+
+    def reset(self, **kwargs):
+        self.episodes.append([])
+        return self.env.reset(**kwargs)
+
+    def step(self, action):
+        result = self.env.step(action)
+        self.episodes[-1].append((action, result[0].tobytes(), *result[1:4]))
+        return result
+
+
+@pytest.mark.parametrize("env_id", IDS.split())
+def test_restored_snapshots_continue_to_the_last_bit(env_id):
+    """After a checkpoint's save and load, in any order, in an environment that has moved on."""
+    env = Recorder(make_env(env_id))
+    returns, saved = play(env, random_actions(env), 3, 5, 7)
+    assert len(returns) == 3
+    file = io.BytesIO()
+    torch.save(saved, file)
+    assert file.tell() < 3_000_000 + 40_000 * len(saved["obs"])
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    where = [(e, t) for e, steps in enumerate(env.episodes) for t in range(len(steps))][::7]
+    assert len(where) == len(saved["obs"])
+    other = make_env(env_id)
+    other.reset(seed=99)
+    for i in np.random.default_rng(0).permutation(len(where))[:12]:
+        e, t = where[i]
+        obs = restore(other, saved, i)
+        if t:
+            assert obs.tobytes() == env.episodes[e][t - 1][1]
+        for action, *expected in env.episodes[e][t : t + 150]:
+            obs, *rest = other.step(action)
+            assert [obs.tobytes(), *rest[:3]] == expected
+
+
+def test_few_tensors():
+    """Thousands of small ones would make each checkpoint slow."""
+    env = make_env("Hopper-v5")
+    _, saved = play(env, random_actions(env), 20, 0, 1)
+    leaves = []
+
+    def walk(tree):
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            if isinstance(part, dict | list):
+                walk(part)
+            elif isinstance(part, torch.Tensor):
+                leaves.append(part)
+
+    walk(saved)
+    assert len(saved["obs"]) > 100 and len(leaves) < 40
+
+
+def test_interval_counts_the_steps_of_all_episodes():
+    env = make_env("Pendulum-v1")
+    _, saved = play(env, random_actions(env), 3, 0, 30)
+    elapsed = [e for (e,) in saved["states"]["elapsed_steps"]]
+    assert elapsed == [step % 200 for step in range(0, 600, 30)]
+
+
+def test_play_without_saving_is_a_plain_loop():
+    env, plain, expected = make_env("Hopper-v5"), make_env("Hopper-v5"), []
+    for i in range(4):
+        plain.reset(seed=3 + i)
+        expected.append(0.0)
+        done = False
+        while not done:
+            _, reward, terminated, truncated, _ = plain.step(np.zeros(3))
+            expected[-1] += reward
+            done = terminated or truncated
+    assert play(env, lambda obs: np.zeros(3), 4, 3).tolist() == expected
+
+
+# WHERE EPISODES START ============================================================================
+
+
+@every_script
+def test_probabilities_are_exact(script):
+    """Three groups of 1, 2 and 5 values: a third for each group."""
+    values = np.array([10.0, 0.1, 0.0, 5.0, 5.1, 4.9, 5.05, 4.95], np.float32)
+    p, sizes = module(script).start_probabilities(values, 3)
+    np.testing.assert_allclose(p, np.array([1, 1 / 2, 1 / 2] + [1 / 5] * 5) / 3, rtol=1e-12)
+    assert sizes.tolist() == [2, 5, 1], "from low to high values"
+    p, sizes = module(script).start_probabilities(values, 1)
+    assert p.tolist() == [1 / 8] * 8 and sizes.tolist() == [8]
+
+
+@every_script
+def test_fewer_values_than_clusters(script, recwarn):
+    p, sizes = module(script).start_probabilities(np.array([1.0, 1.0, 1.0, 2.0]), 6)
+    np.testing.assert_allclose(p, [1 / 6] * 3 + [1 / 2], rtol=1e-12)
+    assert sizes.tolist() == [3, 1]
+    assert not recwarn.list
+
+
+@every_script
+def test_empty_clusters_are_dropped(script, monkeypatch):
+    class Labels:
+        labels_ = np.array([0, 2, 2, 2])
+        cluster_centers_ = np.array([[0.0], [1.0], [2.0]])
+
+        def __init__(self, *args, **kwargs):
+            self.fit = lambda values: self
+
+    monkeypatch.setattr(module(script), "KMeans", Labels)
+    p, sizes = module(script).start_probabilities(np.arange(4.0), 3)
+    np.testing.assert_allclose(p, [1 / 2] + [1 / 6] * 3, rtol=1e-12)
+    assert sizes.tolist() == [1, 0, 3]
+
+
+@every_script
+@pytest.mark.parametrize("clusters", [1, 2])
+def test_frequencies_of_starts(script, clusters):
+    values = [0.0, 9.0, 9.1, 9.2, 9.3, 9.4, 9.5, 9.6, 9.7, 9.8]
+    snapshots = pendulum_snapshots(values, clusters)
+    envs, n = first_phase(script, snapshots, 100), 4000
+    envs.reset(seed=0)
+    starts = Counter(envs.envs[0].reset()[0].tobytes() for _ in range(n))
+    p = snapshots["probabilities"].numpy()
+    assert p[0] == pytest.approx(1 / 2 if clusters == 2 else 1 / 10)
+    for obs, chance in zip(snapshots["obs"], p, strict=True):
+        assert abs(starts[obs.numpy().tobytes()] - n * chance) < 4 * (n * chance) ** 0.5
+    assert sum(starts.values()) == n and len(starts) == len(values)
+
+
+@every_script
+def test_environments_draw_apart(script):
+    snapshots = pendulum_snapshots(list(range(50)))
+    envs = first_phase(script, snapshots, 100, 4)
+    drawn = {seed: np.stack([envs.reset(seed=seed)[0].copy()]) for seed in (0, 4, 0)}
+    assert len(np.unique(np.concatenate([*drawn[0], *drawn[4]]), axis=0)) > 5
+    starts = [[env.reset()[0].tobytes() for _ in range(5)] for env in envs.envs]
+    assert len({tuple(s) for s in starts}) == 4
+
+
+# WHERE EPISODES END ==============================================================================
+
+
+@every_script
+@pytest.mark.parametrize("truncation", [5, 300])
+def test_limit_counts_from_the_snapshot(script, truncation):
+    """Pendulum's own limit is 200: 300 steps from step 196 go on to 496."""
+    snapshots = pendulum_snapshots(list(range(50)))
+    envs = first_phase(script, snapshots, truncation)
+    envs.reset(seed=0)
+    for _ in range(3):
+        for t in range(1, truncation + 1):
+            _, _, terminations, truncations, _ = envs.step(np.zeros((1, 1), np.float32))
+            assert not terminations[0] and truncations[0] == (t == truncation)
+
+
+@every_script
+def test_without_snapshots_only_the_limit_changes(script):
+    envs, plain = first_phase(script, None, 5), make_vector_env("Pendulum-v1", 1)
+    assert np.array_equal(envs.reset(seed=3)[0], plain.reset(seed=3)[0])
+    cuts = [envs.step(np.zeros((1, 1), np.float32))[3][0] for _ in range(10)]
+    assert cuts == ([False] * 4 + [True]) * 2
+
+
+def test_cut_episodes_bootstrap():
+    """In the buffer no transition of a cut episode is terminal, and each closes its own episode."""
+    td3, snapshots = module("s3rl_td3"), pendulum_snapshots(list(range(50)))
+    envs = first_phase("s3rl_td3", snapshots, 4, 2)
+    obs, _ = envs.reset(seed=0)
+    state = {"obs": obs.astype(np.float32), "episode_return": np.zeros(2)}
+    state["episode_length"] = np.zeros(2)
+    buffer = td3.ReplayBuffer(100, 3, 1, 4, torch.device("cpu"))
+    ended, args = [], SimpleNamespace(env_id="Pendulum-v1")
+    for _ in range(12):
+        ended += td3.env_step(envs, np.zeros((2, 1), np.float32), state, buffer, args)
+    table = buffer.rows[:24].numpy().reshape(12, 2, -1)
+    assert [length for _, length in ended] == [4] * 6
+    assert not table[:, :, -1].any()
+    for t in range(11):
+        goes_on = np.array_equal(table[t, :, 4:7], table[t + 1, :, :3])
+        assert goes_on == (t % 4 != 3)
+    stored = {row.numpy().astype(np.float32).tobytes() for row in snapshots["obs"]}
+    assert all(table[t, n, :3].tobytes() in stored for t in (0, 4, 8) for n in (0, 1))
+
+
+# WHOLE RUNS ======================================================================================
+
+
+@every_script
+def test_without_a_first_phase_it_is_the_parent(script, tmp_path):
+    """The same parameters, buffer, random numbers and logs, to the last bit."""
+    flags = ["--total-timesteps", 600]
+    mine = short_run(script, tmp_path / "child", *flags, "--snapshot-timesteps", 0)
+    words = f"--env-id Pendulum-v1 --eval-episodes 1 {SHORT[script]}".split()
+    run(PARENTS[script], 1, *words, *flags, "--run-dir", tmp_path / "parent")
+    a, b = (content(checkpoints(path)[-1]) for path in (mine, tmp_path / "parent"))
+    assert a.pop("rank0.pt/snapshots") is None
+    assert a.keys() == b.keys()
+    assert not [name for name in a if not same(a[name], b[name])]
+    assert rows(mine) == rows(tmp_path / "parent")
+
+
+@every_script
+@pytest.mark.parametrize("arm", ["S3RL", "SnapshotRL", "STT"])
+def test_both_phases(script, arm, teacher, tmp_path):
+    """Lengths of episodes before and after the switch, in logs and in the environment."""
+    flags = {"S3RL": "", "SnapshotRL": "--clusters 1 --truncation 150", "STT": "--no-snapshots"}[
+        arm
+    ]
+    flags = ["--snapshot-timesteps", 320, "--total-timesteps", 960, *flags.split()]
+    if arm != "STT":
+        flags += ["--teacher", teacher(script)]
+    run_dir = short_run(script, tmp_path / "run", *flags, "--save-every", 0)
+    table, length = rows(run_dir), 150 if arm == "SnapshotRL" else 100
+    lengths = [(step, value) for step, key, value in table if key == "charts/snapshot_length"]
+    assert lengths == [(step, length) for step in range(length, 321, length)]
+    lengths = [(step, value) for step, key, value in table if key == "charts/episodic_length"]
+    assert lengths == [(520, 200), (720, 200), (920, 200)], "the ordinary limit is back"
+    facts = {key: value for step, key, value in table if step == 0}
+    if arm == "STT":
+        assert not facts
+    else:
+        assert facts["charts/snapshots"] == 200, "10 episodes of 200 steps, every tenth"
+        sizes = [value for key, value in facts.items() if key.startswith("charts/cluster_size@")]
+        assert sum(sizes) == 200 and len(sizes) == (6 if arm == "S3RL" else 1)
+    assert content(checkpoints(run_dir)[-1])["rank0.pt/snapshots"] is None
+
+
+@every_script
+def test_resumed_first_phase_needs_no_teacher(script, teacher, tmp_path):
+    folder = shutil.copytree(teacher(script), tmp_path / "teacher")
+    flags = ["--snapshot-timesteps", 400, "--total-timesteps", 640, "--teacher", folder]
+    flags += ["--save-every", 0]
+    whole = short_run(script, tmp_path / "whole", *flags)
+    # the same run, which is cut off in its first phase
+    part = tmp_path / "part"
+    interrupted_in_first_phase(script, part, flags)
+    newest = checkpoints(part)[-1]
+    assert int(newest.name) < 400
+    saved = torch.load(newest / "rank0.pt", weights_only=True)
+    assert saved["snapshots"]["probabilities"].sum() == pytest.approx(1)
+    shutil.rmtree(folder)
+    short_run(script, part, *flags, "--resume", "auto")
+    assert_same_run(part, whole)
+
+
+def interrupted_in_first_phase(script, run_dir, flags):
+    words = f"--env-id Pendulum-v1 --eval-episodes 1 {SHORT[script]}".split()
+    with Run(script, 1, *words, *flags, "--run-dir", run_dir) as started:
+        started.poll_until(lambda: checkpoints(run_dir) and int(checkpoints(run_dir)[-1].name) > 99)
+        started.kill()
+
+
+# TEACHERS ========================================================================================
+
+
+@every_script
+def test_a_teacher_is_required(script, tmp_path):
+    flags = ["--env-id", "Pendulum-v1", "--run-dir", tmp_path / "run"]
+    line = one_line_error(script, *flags)
+    assert f"python algos/{PARENTS[script]}.py --env-id Pendulum-v1" in line
+    assert not (tmp_path / "run").exists()
+
+
+@every_script
+def test_teachers(script, teacher, tmp_path, capsys):
+    folder = shutil.copytree(teacher(script), tmp_path / "teacher")
+    env = make_env("Pendulum-v1")
+    agent = module(script).Agent(env.observation_space, env.action_space)
+    old, new = checkpoints(folder)
+    saved = load_teacher(folder, "Pendulum-v1", agent)
+    assert all(torch.equal(saved["agent"][k], v) for k, v in agent.state_dict().items())
+    assert str(new) in capsys.readouterr().out
+    load_teacher(old, "Pendulum-v1", agent)  # a checkpoint instead of a run
+    assert str(old) in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"acts in Pendulum-v1 .* Hopper-v5"):
+        load_teacher(folder, "Hopper-v5", agent)
+    with pytest.raises(UserError, match="of another algorithm"):
+        load_teacher(folder, "Pendulum-v1", torch.nn.Linear(2, 2))
+    data = bytearray((new / "rank0.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (new / "rank0.pt").write_bytes(data)
+    load_teacher(folder, "Pendulum-v1", agent)
+    assert str(old) in capsys.readouterr().out, "the newest valid one"
+    (old / "manifest.json").write_text("{")
+    for path, words in ((folder, "all its checkpoints are damaged"), (new, "no whole checkpoint")):
+        with pytest.raises(UserError, match=words):
+            load_teacher(path, "Pendulum-v1", agent)
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        load_teacher(tmp_path / "nowhere", "Pendulum-v1", agent)
+
+
+class NoState(gym.Env):
+    observation_space = gym.spaces.Box(-1, 1, (2,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, render_mode=None):
+        pass
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(2, np.float32), 0.0, False, False, {}
+
+
+gym.register("NoStateBox-v0", NoState)
+
+
+@every_script
+def test_environment_that_cannot_be_saved(script, monkeypatch):
+    assert not can_save_state(make_env("NoStateBox-v0"))
+    args = module(script).Args(env_id="NoStateBox-v0", teacher="run")
+    monkeypatch.setattr(module(script), "load_teacher", lambda *_: None)  # any teacher
+    with pytest.raises(UserError, match="cannot be saved"):
+        module(script).take_snapshots(args)
+    envs = make_vector_env(
+        "NoStateBox-v0", 1, begin=partial(module(script).begin_episode, snapshots=None, args=args)
+    )
+    with pytest.raises(UserError, match="NoStateBox-v0 has no time limit"):
+        envs.reset(seed=0)
