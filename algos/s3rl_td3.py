@@ -321,15 +321,15 @@ def take_snapshots(args):
     env = make_env(args.env_id)
     teacher = Agent(env.observation_space, env.action_space)
     load_teacher(args.teacher, args.env_id, teacher)
-    policy, seed = numpy_policy(teacher), args.seed + 20_000  # not the seeds of evaluations
-    plan = args.teacher_episodes, seed, args.snapshot_every
-    returns, snapshots = play(env, lambda obs: policy(obs.astype(np.float32), 0.0), *plan)
-    inputs = torch.cat([snapshots["obs"].float(), snapshots.pop("actions")], 1)
-    values = teacher.critic(inputs, for_actor=True)[0].numpy()  # eq. (14)
-    probabilities, sizes = start_probabilities(values, args.clusters)
-    facts = {"charts/teacher_return": returns.mean(), "charts/snapshots": len(values)}
-    facts |= {f"charts/cluster_size@{k}": size for k, size in enumerate(sizes, 1)}
-    return snapshots | {"probabilities": torch.from_numpy(probabilities)}, facts
+    policy = numpy_policy(teacher)  # seeds below: not those of evaluations
+    plan = args.teacher_episodes, args.seed + 20_000, args.snapshot_every
+    returns, saved = play(env, lambda obs: policy(obs.astype(np.float32), 0.0), *plan)
+    inputs = torch.cat([saved["obs"].float(), saved.pop("actions")], 1)
+    p, sizes = start_probabilities(teacher.critic(inputs)[0].numpy(), args.clusters)  # eq. (14)
+    saved["probabilities"] = torch.from_numpy(p)
+    facts = {"teacher_return": returns.mean(), "snapshots": len(p)}
+    facts |= {f"cluster_size@{k}": size for k, size in enumerate(sizes, 1)}
+    return saved, {f"charts/{name}": value for name, value in facts.items()}
 
 
 def start_probabilities(values, clusters):

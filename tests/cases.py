@@ -131,6 +131,8 @@ CASES = {
             "--sequence-length 0": "--sequence-length 0",
             "--total-timesteps 1": "--total-timesteps 1",
             "--device cuda": "--device cpu",
+        },
+    ),
     "s3rl_td3": Case(
         smoke="--env-id Hopper-v5 --num-envs 2 --batch-size 16 --learning-starts 100 "
         "--log-every 10 --total-timesteps 800 --buffer-size 500 --eval-every 300 "

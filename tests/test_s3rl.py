@@ -16,7 +16,6 @@ from envs import UserError
 from envs.make import make_env, make_vector_env
 from envs.state import can_save_state, play, restore
 from envs.teacher import load_teacher
-from tests import teacher as teachers
 from tests.launch import Run, assert_same_run, checkpoints, content, rows, run, same
 from tests.test_contracts import one_line_error
 
@@ -42,7 +41,9 @@ def teacher(tmp_path_factory):
     def get(script):
         if script not in done:
             folder = tmp_path_factory.mktemp("teacher") / "run"
-            done[script] = teachers.make(PARENTS[script], "Pendulum-v1", folder)
+            words = f"--env-id Pendulum-v1 --eval-episodes 1 {SHORT[script]}"
+            run(PARENTS[script], 1, *words.split(), "--total-timesteps", 400, "--run-dir", folder)
+            done[script] = folder
         return done[script]
 
     return get
