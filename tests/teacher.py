@@ -1,4 +1,4 @@
-"""Short runs of a parent of S3RL, for the tests to learn from: python -m tests.teacher SCRIPT
+"""Runs of a parent of S3RL, for tests to learn from: python -m tests.teacher SCRIPT [ENV ...]
 
 They lie in runs/tests/SCRIPT__ENV and are made anew each time.
 """
@@ -17,8 +17,8 @@ RUNS = {"td3_continuous_action": OFF_POLICY}
 
 if __name__ == "__main__":
     script = sys.argv[1]
-    for env_id, flags in RUNS[script].items():
+    for env_id in sys.argv[2:] or RUNS[script]:
         folder = ROOT / "runs" / "tests" / f"{script}__{env_id}"
         shutil.rmtree(folder, ignore_errors=True)
-        words = f"--env-id {env_id} {flags} --eval-episodes 10 --run-dir {folder}"
+        words = f"--env-id {env_id} {RUNS[script][env_id]} --eval-episodes 10 --run-dir {folder}"
         run(script, 1, *words.split(), timeout=600)
