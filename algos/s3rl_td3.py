@@ -14,12 +14,11 @@ for a hundred steps at a time (student trajectory truncation, STT). Then all is 
     p_i = 1 / (K n_i),  K clusters of f by k-means, n_i snapshots in that of i                 (15)
     the time limit of an episode that starts in step t_i of the teacher's is t_i + L           (16)
 S3RL is the default; --truncation 1000 leaves out STT, --clusters 1 SC, both give SnapshotRL;
---no-snapshots is STT alone and --snapshot-timesteps 0 the parent. Of that, these flags are gone:
-action-repeat, updates-per-step, precision, compile; and the check of room for a full buffer.
+--no-snapshots is STT alone and --snapshot-timesteps 0 the parent, which has more: action-repeat,
+updates-per-step, precision and, at the start, a check of room for the whole buffer.
 
 Run:  python algos/s3rl_td3.py --env-id Hopper-v5 --teacher runs/Hopper-v5__td3_continuous_action__1
       torchrun --standalone --nproc_per_node 2 algos/s3rl_td3.py --num-envs 2 --teacher RUN
-      python algos/s3rl_td3.py --env-id Hopper-v5 --teacher RUN --resume auto
 
 Differs from the paper: unknown, its text was not read. This follows the authors' published code.
 Differs from the authors' code: states of simulators, not copies of environments; snapshots one step
@@ -63,8 +62,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python algos/x.py`
 
 from envs import UserError, report_user_error
+from envs.episodes import make_episodes, play_episodes
 from envs.make import make_env, make_vector_env
-from envs.state import limit_steps, play, restore, set_vector_env_state, vector_env_state
+from envs.state import limit_steps, play_and_save, restore, set_vector_env_state, vector_env_state
 from envs.teacher import load_teacher
 
 # ARGS ============================================================================================
@@ -116,6 +116,8 @@ class Args:
     """bound on that noise"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" takes CUDA where there is one"""
+    compile: bool = False
+    """compile forward and backward (needs a C++ compiler, takes half a minute, then saves time)"""
     log_every: int = 100
     """steps of an environment between two rounds of logging, saving and evaluating"""
     run_dir: Path | None = None
@@ -135,17 +137,16 @@ class Args:
 
     def __post_init__(self):
         world_size = int(os.environ.get("WORLD_SIZE", 1))
-        ones = "policy_frequency log_every eval_episodes teacher_episodes snapshot_every clusters "
-        least = dict.fromkeys((ones + "truncation").split(), 1)
+        ones = "num_envs batch_size policy_frequency log_every eval_episodes teacher_episodes "
+        least = dict.fromkeys((ones + "snapshot_every clusters truncation").split(), 1)
         least |= dict.fromkeys(("exploration_noise", "policy_noise", "noise_clip"), 0)
         least |= dict.fromkeys(("buffer_size", "total_timesteps"), self.num_envs)
-        for name in ("num_envs", "batch_size"):
-            if (value := getattr(self, name)) < 1 or value % world_size:
-                flag = f"--{name.replace('_', '-')} {value}"
-                raise UserError(f"{flag}: not a multiple of {world_size} processes")
         for name, bound in least.items():
-            if not (value := getattr(self, name)) >= bound:
-                raise UserError(f"--{name.replace('_', '-')} {value}: less than {bound}")
+            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
+            if not value >= bound:
+                raise UserError(f"{flag} {value}: less than {bound}")
+            if name in ("num_envs", "batch_size") and value % world_size:
+                raise UserError(f"{flag} {value}: not a multiple of {world_size} processes")
         if self.snapshots and self.snapshot_timesteps > 0 and self.teacher is None:
             parent = f"python algos/td3_continuous_action.py --env-id {self.env_id}"
             raise UserError(f"--teacher RUN is missing: `{parent}` makes one")
@@ -317,19 +318,17 @@ class ReplayBuffer:
 
 @torch.no_grad()
 def take_snapshots(args):
-    """Of the teacher: what `play` saves, with "probabilities" (S,); and what to log."""
+    """Of the teacher: what `play_and_save` saves, "probabilities" (S,), and what to log."""
     env = make_env(args.env_id)
     teacher = Agent(env.observation_space, env.action_space)
     load_teacher(args.teacher, args.env_id, teacher)
-    policy = numpy_policy(teacher)  # seeds below: not those of evaluations
-    plan = args.teacher_episodes, args.seed + 20_000, args.snapshot_every
-    returns, saved = play(env, lambda obs: policy(obs.astype(np.float32), 0.0), *plan)
+    plan = args.teacher_episodes, args.seed + 20_000, args.snapshot_every  # no evaluation's seed
+    returns, saved = play_and_save(env, partial(numpy_policy(teacher), noise=0.0), *plan)
     inputs = torch.cat([saved["obs"].float(), saved.pop("actions")], 1)
     p, sizes = start_probabilities(teacher.critic(inputs)[0].numpy(), args.clusters)  # eq. (14)
     saved["probabilities"] = torch.from_numpy(p)
-    facts = {"teacher_return": returns.mean(), "snapshots": len(p)}
-    facts |= {f"cluster_size@{k}": size for k, size in enumerate(sizes, 1)}
-    return saved, {f"charts/{name}": value for name, value in facts.items()}
+    facts = {"charts/teacher_return": returns.mean(), "charts/snapshots": len(p)}
+    return saved, facts | {f"charts/cluster_size@{k}": n for k, n in enumerate(sizes, 1)}
 
 
 def start_probabilities(values, clusters):
@@ -365,14 +364,12 @@ def env_step(envs, actions, state, buffer, args):
         raise UserError(f"--env-id {args.env_id}: a reward is not a finite number")
     state["episode_return"] += rewards
     state["episode_length"] += 1
-    last_obs, episodes = next_obs, []
-    if "final_obs" in infos:
-        last_obs = next_obs.copy()
-        for n in np.flatnonzero(infos["_final_obs"]):
-            # PITFALL: next_obs[n] opens the next episode; what is stored must close this one.
-            last_obs[n] = infos["final_obs"][n]
-            episodes.append((state["episode_return"][n], state["episode_length"][n]))
-            state["episode_return"][n] = state["episode_length"][n] = 0
+    last_obs, episodes = next_obs.copy(), []
+    for n in np.flatnonzero(infos.get("_final_obs", ())):
+        # PITFALL: next_obs[n] opens the next episode; what is stored must close this one.
+        last_obs[n] = infos["final_obs"][n]
+        episodes.append((state["episode_return"][n], state["episode_length"][n]))
+        state["episode_return"][n] = state["episode_length"][n] = 0
     buffer.add(state["obs"], actions.reshape(len(actions), -1), last_obs, rewards, terminations)
     state["obs"] = next_obs.astype(np.float32)  # a copy: the environments write over their array
     return episodes
@@ -384,24 +381,24 @@ def env_step(envs, actions, state, buffer, args):
 @torch.no_grad()
 def evaluate(checkpoint, episodes, deterministic, video_dir=None):
     # diverges: a deterministic actor with noise of its own
-    """Returns of some episodes with a saved agent, on the CPU.
+    """Returns (episodes,) with a saved agent, on the CPU; episode i starts from seed + 10_000 + i.
 
-    Episode i starts from seed + 10_000 + i, whatever training did. deterministic: without
-    exploration noise. video_dir: where to record the first episode.
+    deterministic: without exploration noise. video_dir: where to record the first episode.
     """
-    file = checkpoint / "rank0.pt"
-    saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # leaves the buffer
-    env = make_env(saved["args"]["env_id"], video_dir)
-    agent = Agent(env.observation_space, env.action_space)
+    # mmap leaves the buffer on disk
+    saved = torch.load(checkpoint / "rank0.pt", map_location="cpu", weights_only=True, mmap=True)
+    envs = make_episodes(saved["args"]["env_id"], episodes, video_dir)
+    agent = Agent(envs[0].observation_space, envs[0].action_space)
     agent.load_state_dict(saved["agent"])
     seed = saved["args"]["seed"] + 10_000
-    policy, generator = numpy_policy(agent), np.random.default_rng(seed)
+    act, generator = numpy_policy(agent), np.random.default_rng(seed)
     std = 0.0 if deterministic else saved["args"]["exploration_noise"]
 
-    def act(obs):
-        return policy(obs.astype(np.float32), std * generator.standard_normal(len(agent.scale)))
+    def decide(obs, *_):
+        noise = std * generator.standard_normal((len(obs), len(agent.scale)))
+        return act(obs, noise)[:, None]
 
-    return play(env, act, episodes, seed)
+    return play_episodes(envs, seed, [1], decide)[0]
 
 
 def evaluate_and_log(checkpoint, step, log, args):
@@ -687,9 +684,9 @@ def main(args):
 
     N, batch_size = args.num_envs // world_size, args.batch_size // world_size
     total = args.total_timesteps // args.num_envs * args.num_envs
-    saved = load_checkpoint(path, args) if path else {"global_step": 0}
-    first_phase, facts = saved["global_step"] < args.snapshot_timesteps, {}
-    snapshots = saved.get("snapshots")
+    saved = load_checkpoint(path, args) if path else {}
+    snapshots, facts = saved.get("snapshots"), {}
+    first_phase = saved.get("global_step", 0) < args.snapshot_timesteps
     if first_phase and args.snapshots and path is None:
         snapshots, facts = take_snapshots(args)
     begin = partial(begin_episode, snapshots=snapshots, args=args) if first_phase else None
@@ -702,6 +699,9 @@ def main(args):
     optimizers = {name: adam(flat[name], args.learning_rate) for name in ("critic", "actor")}
     gradients = {"critic": critic_gradient, "actor": actor_gradient}
     gradients = {name: partial(f, agent, flat, args=args) for name, f in gradients.items()}
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True  # compile the backward pass with the rest
+        gradients = {name: torch.compile(f, dynamic=False) for name, f in gradients.items()}
 
     seed_everything(args.seed + 100_003 * rank)
     obs, _ = envs.reset(seed=args.seed + rank * N)  # no two environments share a seed
@@ -721,7 +721,7 @@ def main(args):
         if set_vector_env_state(envs, saved["envs"]):
             state = {name: tensor.numpy() for name, tensor in saved["state"].items()}
         set_rng_state(saved["rng"], device)
-    del saved  # it holds the buffer a second time
+        del saved  # it holds the buffer a second time
     act = numpy_policy(agent)
     learn = partial(update, flat, optimizers, gradients, args=args)
 

@@ -344,10 +344,9 @@ def env_step(envs, actions, state, buffer, args):
 @torch.no_grad()
 def evaluate(checkpoint, episodes, deterministic, video_dir=None):
     # diverges: a deterministic actor with noise of its own
-    """Returns (episodes,) with a saved agent, on the CPU.
+    """Returns (episodes,) with a saved agent, on the CPU; episode i starts from seed + 10_000 + i.
 
-    Episode i starts from seed + 10_000 + i, whatever training did. deterministic: without
-    exploration noise. video_dir: where to record the first episode.
+    deterministic: without exploration noise. video_dir: where to record the first episode.
     """
     # mmap leaves the buffer on disk
     saved = torch.load(checkpoint / "rank0.pt", map_location="cpu", weights_only=True, mmap=True)

@@ -56,7 +56,7 @@ def env_state(env: gym.Env) -> dict:
 def set_env_state(env: gym.Env, state: dict) -> None:
     """Put `env` where `env_state` found it. The environment must have been reset once.
 
-    What the state lacks stays as it is: the generator of one that `play` saved, the length
+    What the state lacks stays as it is: the generator of one that `play_and_save` saved, the length
     of the time limit in older checkpoints.
     """
     base = env.unwrapped
@@ -94,12 +94,11 @@ def set_vector_env_state(envs: gym.vector.SyncVectorEnv, states: list[dict] | No
     return True
 
 
-def play(env: gym.Env, act, episodes: int, seed: int, save_every: int = 0):
-    """Play whole episodes by `act(obs)`; episode i starts from seed + i. Returns their returns.
+def play_and_save(env: gym.Env, act, episodes: int, seed: int, save_every: int):
+    """Play whole episodes by `act(obs)` and save every `save_every`-th state that it acts in.
 
-    save_every: of the states that it acts in, counted through all episodes, save each such one.
-    Then returns also {"obs": (S, O), "actions": (S, A), "states"}, for `restore`. The states are
-    without generator: otherwise all episodes that start in one of them would meet the same chance.
+    Episode i starts from seed + i; the states are counted through all episodes, from 0. Closes env.
+    Returns the returns (episodes,) and {"obs": (S, O), "actions": (S, A), "states"}, for `restore`.
     """
     saved, steps, returns = [], 0, np.zeros(episodes)
     for i in range(episodes):
@@ -107,8 +106,9 @@ def play(env: gym.Env, act, episodes: int, seed: int, save_every: int = 0):
         done = False
         while not done:
             action = act(obs).reshape(env.action_space.shape)
-            if save_every and steps % save_every == 0:
+            if steps % save_every == 0:
                 state = env_state(env)
+                # or all episodes that start in this state would meet the same chance
                 del state["generator"]
                 saved.append((obs.copy(), action.ravel(), state))
             obs, reward, terminated, truncated, _ = env.step(action)
@@ -116,8 +116,6 @@ def play(env: gym.Env, act, episodes: int, seed: int, save_every: int = 0):
             steps += 1
             done = terminated or truncated
     env.close()
-    if not save_every:
-        return returns
     observations, actions, states = zip(*saved, strict=True)
     arrays = {"obs": torch.from_numpy(np.stack(observations))}
     arrays |= {"actions": torch.from_numpy(np.stack(actions))}
@@ -125,7 +123,7 @@ def play(env: gym.Env, act, episodes: int, seed: int, save_every: int = 0):
 
 
 def restore(env: gym.Env, saved: dict, i: int) -> np.ndarray:
-    """Put `env` into state number i of those that `play` saved. Returns its observation."""
+    """Put `env` into state i of those that `play_and_save` saved. Returns its observation."""
     set_env_state(env, _pick(saved["states"], i))
     return saved["obs"][i].numpy().copy()
 

@@ -14,7 +14,7 @@ import torch
 
 from envs import UserError
 from envs.make import make_env, make_vector_env
-from envs.state import can_save_state, play, restore
+from envs.state import can_save_state, play_and_save, restore
 from envs.teacher import load_teacher
 from tests.launch import Run, assert_same_run, checkpoints, content, rows, run, same
 from tests.test_contracts import one_line_error
@@ -63,7 +63,7 @@ def random_actions(env):
 def pendulum_snapshots(values, clusters=6):
     """As many snapshots as values, of random play, with the probabilities of td3's script."""
     env = make_env("Pendulum-v1")
-    _, saved = play(env, random_actions(env), 1, 0, 200 // len(values))
+    _, saved = play_and_save(env, random_actions(env), 1, 0, 200 // len(values))
     p, _ = module("s3rl_td3").start_probabilities(np.array(values), clusters)
     assert len(saved["obs"]) == len(p)
     return saved | {"probabilities": torch.from_numpy(p)}
@@ -99,7 +99,7 @@ class Recorder(gym.Wrapper):
 def test_restored_snapshots_continue_to_the_last_bit(env_id):
     """After a checkpoint's save and load, in any order, in an environment that has moved on."""
     env = Recorder(make_env(env_id))
-    returns, saved = play(env, random_actions(env), 3, 5, 7)
+    returns, saved = play_and_save(env, random_actions(env), 3, 5, 7)
     assert len(returns) == 3
     file = io.BytesIO()
     torch.save(saved, file)
@@ -123,7 +123,7 @@ def test_restored_snapshots_continue_to_the_last_bit(env_id):
 def test_few_tensors():
     """Thousands of small ones would make each checkpoint slow."""
     env = make_env("Hopper-v5")
-    _, saved = play(env, random_actions(env), 20, 0, 1)
+    _, saved = play_and_save(env, random_actions(env), 20, 0, 1)
     leaves = []
 
     def walk(tree):
@@ -139,12 +139,12 @@ def test_few_tensors():
 
 def test_interval_counts_the_steps_of_all_episodes():
     env = make_env("Pendulum-v1")
-    _, saved = play(env, random_actions(env), 3, 0, 30)
+    _, saved = play_and_save(env, random_actions(env), 3, 0, 30)
     elapsed = [e for (e,) in saved["states"]["elapsed_steps"]]
     assert elapsed == [step % 200 for step in range(0, 600, 30)]
 
 
-def test_play_without_saving_is_a_plain_loop():
+def test_saving_leaves_the_episodes_as_they_are():
     env, plain, expected = make_env("Hopper-v5"), make_env("Hopper-v5"), []
     for i in range(4):
         plain.reset(seed=3 + i)
@@ -154,7 +154,8 @@ def test_play_without_saving_is_a_plain_loop():
             _, reward, terminated, truncated, _ = plain.step(np.zeros(3))
             expected[-1] += reward
             done = terminated or truncated
-    assert play(env, lambda obs: np.zeros(3), 4, 3).tolist() == expected
+    returns, _ = play_and_save(env, lambda obs: np.zeros(3), 4, 3, 7)
+    assert returns.tolist() == expected
 
 
 # WHERE EPISODES START ============================================================================
