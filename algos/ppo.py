@@ -586,11 +586,10 @@ def minibatch_gradient(agent, flat, mb, args):
 
 def update(flat, optimizer, batch, gradient, args):
     """K epochs of minibatch steps on a batch (B, ...). Returns what to log."""
-    order_shape = (args.num_minibatches, -1)
     world_size, logratios = dist.get_world_size(), []
     for _ in range(args.update_epochs):
         # Shuffle once an epoch; a minibatch is then a row, which costs no gather.
-        order = torch.randperm(len(batch["obs"])).view(order_shape).to(flat.device)
+        order = torch.randperm(len(batch["obs"])).view(args.num_minibatches, -1).to(flat.device)
         epoch = {name: tensor[order] for name, tensor in batch.items()}
         if args.norm_adv:
             epoch["advantages"] = normalize_advantages(epoch["advantages"])

@@ -61,7 +61,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python algos/ppo.py`
 
 from envs import UserError, report_user_error
-from envs.make import make_env, make_vector_env
+from envs.episodes import make_episodes, play_episodes
+from envs.make import make_vector_env
+from envs.moments import RunningMoments
 from envs.state import set_vector_env_state, vector_env_state
 
 # ARGS ============================================================================================
@@ -190,48 +192,6 @@ class Agent(nn.Module):
         return (self.actor_logstd + 0.5 * math.log(2 * math.pi * math.e)).sum()
 
 
-class RunningMoments:
-    """Mean and variance of all rows seen so far, kept as sums, which processes can add up.
-
-    Starts like gymnasium's wrappers, as if it had seen 1e-4 rows of mean 0 and variance 1.
-    """
-
-    def __init__(self, shape=()):
-        self.sums = np.zeros((3, *shape))  # count, sum, sum of squares
-        self.sums[0] = self.sums[2] = 1e-4
-        self.merged = self.sums.copy()
-
-    def update(self, rows):
-        """rows: (N, *shape)."""
-        self.sums[0] += len(rows)
-        self.sums[1] += rows.sum(0)
-        self.sums[2] += (rows * rows).sum(0)
-
-    def mean_and_std(self, sums=None):
-        count, total, squares = self.sums if sums is None else sums
-        mean = total / count
-        return mean, np.sqrt(np.maximum(squares / count - mean * mean, 0.0) + 1e-8)
-
-    def normalize(self, rows):
-        """Eq. (7)."""
-        mean, std = self.mean_and_std()
-        # np.clip costs three times as much on a small array
-        return np.minimum(np.maximum((rows - mean) / std, -10), 10).astype(np.float32)
-
-    def merge(self, device):
-        """Add what the other processes have seen since the last merge."""
-        if dist.get_world_size() > 1:
-            news = torch.from_numpy(self.sums - self.merged).to(device)
-            self.sums = self.merged + sum_over_processes(news).cpu().numpy()
-        self.merged = self.sums.copy()
-
-    def state(self):
-        return {"sums": torch.from_numpy(self.sums), "merged": torch.from_numpy(self.merged)}
-
-    def load_state(self, state):
-        self.sums, self.merged = state["sums"].numpy().copy(), state["merged"].numpy().copy()
-
-
 def numpy_mlp(network: nn.Sequential):
     """The same function of numpy arrays, with the weights of this moment.
 
@@ -247,6 +207,19 @@ def numpy_mlp(network: nn.Sequential):
         return x @ weight + bias
 
     return forward
+
+
+def frozen_policy(agent, obs_moments, action_space, seed, deterministic):
+    """act(raw obs (..., O)) -> (..., A) within the bounds: by eq. (6) the mean, or a draw."""
+    low, high = action_space.low.ravel(), action_space.high.ravel()
+    actor, generator = numpy_mlp(agent.actor), np.random.default_rng(seed)
+    std = 0.0 if deterministic else agent.actor_logstd.detach().exp().cpu().numpy()
+
+    def act(obs: np.ndarray) -> np.ndarray:
+        mean = actor(obs_moments.normalize(obs))
+        return np.clip(mean + std * generator.standard_normal(mean.shape), low, high)
+
+    return act
 
 
 def flatten_parameters(module: nn.Module) -> nn.Parameter:
@@ -362,7 +335,7 @@ def rollout(envs, agent, state, obs_moments, return_moments, args, device):
                 episodes.append((t, state["episode_return"][n], state["episode_length"][n]))
                 state["episode_return"][n] = state["episode_length"][n] = 0
         obs_moments.update(next_obs)
-        state["obs"] = obs_moments.normalize(next_obs)
+        state["obs"] = obs_moments.normalize(next_obs)  # eq. (7)
     if not np.isfinite(rewards).all():
         raise UserError(f"--env-id {args.env_id}: a reward is not a finite number")
     rewards = scale_rewards(rewards, terminations, state, return_moments, args.gamma)
@@ -379,15 +352,9 @@ def rollout(envs, agent, state, obs_moments, return_moments, args, device):
     batch["values"], next_values = values[:-1], values[1:].clone()
     for (t, n), last in final_obs.items():
         next_values[t, n] = agent.value(torch.from_numpy(last).to(device))
-    batch["advantages"], batch["returns"] = gae(
-        batch["rewards"],
-        batch["values"],
-        next_values,
-        batch["terminations"],
-        batch["truncations"],
-        args.gamma,
-        args.gae_lambda,
-    )
+    ends = batch["terminations"], batch["truncations"]
+    inputs = batch["rewards"], batch["values"], next_values, *ends
+    batch["advantages"], batch["returns"] = gae(*inputs, args.gamma, args.gae_lambda)
     return batch, episodes
 
 
@@ -397,35 +364,17 @@ def rollout(envs, agent, state, obs_moments, return_moments, args, device):
 @torch.no_grad()
 def evaluate(checkpoint, episodes, deterministic, video_dir=None):
     # diverges: Gaussian actions, and the observation moments of the checkpoint
-    """Returns of some episodes with a saved agent, on the CPU.
+    """Returns (episodes,) with a saved agent, on the CPU; episode i starts from seed + 10_000 + i.
 
-    Episode i starts from seed + 10_000 + i, whatever training did. deterministic: the mean
-    action, else a draw. video_dir: where to record the first episode.
+    deterministic: the mean action, else a draw. video_dir: where to record the first episode.
     """
     saved = torch.load(checkpoint / "rank0.pt", map_location="cpu", weights_only=True)
-    env = make_env(saved["args"]["env_id"], video_dir)
-    agent = Agent(env.observation_space, env.action_space)
+    envs = make_episodes(saved["args"]["env_id"], episodes, video_dir)
+    agent = Agent(envs[0].observation_space, envs[0].action_space)
     agent.load_state_dict(saved["agent"])
-    obs_moments = RunningMoments(env.observation_space.shape)
-    obs_moments.load_state(saved["obs_moments"])
-    low, high = env.action_space.low, env.action_space.high
-    seed = saved["args"]["seed"] + 10_000
-    actor, generator = numpy_mlp(agent.actor), np.random.default_rng(seed)
-    std = agent.actor_logstd.exp().numpy()
-    returns = np.zeros(episodes)
-    for i in range(episodes):
-        obs, _ = env.reset(seed=seed + i)
-        done = False
-        while not done:
-            action = actor(obs_moments.normalize(obs))
-            if not deterministic:
-                action = action + std * generator.standard_normal(action.shape)
-            action = np.clip(action.reshape(low.shape), low, high)
-            obs, reward, terminated, truncated, _ = env.step(action)
-            returns[i] += reward
-            done = terminated or truncated
-    env.close()
-    return returns
+    moments, seed = RunningMoments.of_state(saved["obs_moments"]), saved["args"]["seed"] + 10_000
+    act = frozen_policy(agent, moments, envs[0].action_space, seed, deterministic)
+    return play_episodes(envs, seed, [1], lambda obs, *_: act(obs)[:, None])[0]
 
 
 def evaluate_and_log(checkpoint, step, log, args):
@@ -671,11 +620,10 @@ def minibatch_gradient(agent, flat, mb, args):
 
 def update(flat, optimizer, batch, gradient, args):
     """K epochs of minibatch steps on a batch (B, ...). Returns what to log."""
-    order_shape = (args.num_minibatches, -1)
     world_size, logratios = dist.get_world_size(), []
     for _ in range(args.update_epochs):
         # Shuffle once an epoch; a minibatch is then a row, which costs no gather.
-        order = torch.randperm(len(batch["obs"])).view(order_shape).to(flat.device)
+        order = torch.randperm(len(batch["obs"])).view(args.num_minibatches, -1).to(flat.device)
         epoch = {name: tensor[order] for name, tensor in batch.items()}
         if args.norm_adv:
             epoch["advantages"] = normalize_advantages(epoch["advantages"])
@@ -703,7 +651,6 @@ def update(flat, optimizer, batch, gradient, args):
 
 
 def main(args):
-    # diverges: keeps the moments of observations and returns
     rank, world_size, device = setup_process(args.device)
     torch.set_num_threads(1)  # for layers of 64 units a second thread costs more than it brings
     run_dir = args.run_dir or Path("runs") / f"{args.env_id}__{Path(__file__).stem}__{args.seed}"
