@@ -5,11 +5,10 @@ Parent: algos/td3_continuous_action.py
 Paper: Snapshot Reinforcement Learning: Leveraging Prior Trajectories for Efficiency, Zhao, Qian,
 Wang, Shan, Qin, 2024, arXiv 2403.00673.
 
-What changes against the parent: where the episodes of a first phase start and when they end; no
-loss and no network. A frozen teacher of the same algorithm plays some episodes, in which the state
-of the simulator is saved every ten steps. In the first phase the student starts from these
-snapshots: from low and high values of the teacher equally often (status classification, SC), and
-for a hundred steps at a time (student trajectory truncation, STT). Then all is as in the parent.
+What changes against the parent: where the episodes of a first phase start and when they end. A
+frozen teacher of the same kind plays some episodes, and the simulator's state is saved every ten
+steps. The student starts from these snapshots: from low and high values of the teacher equally
+often (status classification, SC), for a hundred steps (student trajectory truncation, STT).
     f_i = Q_1(s_i, m(s_i)) of the teacher, in snapshot i                                       (14)
     p_i = 1 / (K n_i),  K clusters of f by k-means, n_i snapshots in that of i                 (15)
     the time limit of an episode that starts in step t_i of the teacher's is t_i + L           (16)
@@ -323,8 +322,8 @@ def take_snapshots(args):
     teacher = Agent(env.observation_space, env.action_space)
     load_teacher(args.teacher, args.env_id, teacher)
     plan = args.teacher_episodes, args.seed + 20_000, args.snapshot_every  # no evaluation's seed
-    returns, saved = play_and_save(env, partial(numpy_policy(teacher), noise=0.0), *plan)
-    inputs = torch.cat([saved["obs"].float(), saved.pop("actions")], 1)
+    returns, actions, saved = play_and_save(env, partial(numpy_policy(teacher), noise=0.0), *plan)
+    inputs = torch.cat([saved["obs"].float(), actions], 1)
     p, sizes = start_probabilities(teacher.critic(inputs)[0].numpy(), args.clusters)  # eq. (14)
     saved["probabilities"] = torch.from_numpy(p)
     facts = {"charts/teacher_return": returns.mean(), "charts/snapshots": len(p)}
@@ -332,11 +331,11 @@ def take_snapshots(args):
 
 
 def start_probabilities(values, clusters):
-    """p of eq. (15), (S,), and the sizes of the clusters from low to high values (S,)."""
+    """The share of each snapshot (S,), and the sizes of the clusters from low to high values."""
     count = min(clusters, len(np.unique(values)))  # more could not be told apart
     kmeans = KMeans(count, n_init="auto", random_state=0).fit(values.reshape(-1, 1))
     sizes = np.bincount(kmeans.labels_, minlength=count)
-    p = 1 / (np.count_nonzero(sizes) * sizes[kmeans.labels_])
+    p = 1 / (np.count_nonzero(sizes) * sizes[kmeans.labels_])  # eq. (15)
     return p, sizes[np.argsort(kmeans.cluster_centers_[:, 0])]
 
 

@@ -25,10 +25,9 @@ OFF_POLICY = (  # a line of losses for each update, since only the first is comp
     "--num-envs 8 --log-every 1 --learning-starts 504 --updates-per-step 0.125 "
     "--total-timesteps 1600"
 )
-S3RL = (  # without a teacher; the first round of updates has one, since only it is compared
-    "--no-snapshots --snapshot-timesteps 800 --num-envs 8 --log-every 1 --learning-starts 511 "
-    "--total-timesteps 1600"
-)
+STT = "--no-snapshots --snapshot-timesteps"  # without a teacher
+# the first round of updates has one, since only it is compared
+S3RL = f"{STT} 800 --num-envs 8 --log-every 1 --learning-starts 511 --total-timesteps 1600"
 GROUPS = "--total-episodes 192 --batch-size 64 --eval-prompts 16 --eval-samples 4"
 FLAGS = {
     "ppo": "--num-envs 8 --total-timesteps 4096",
@@ -37,6 +36,7 @@ FLAGS = {
     "td3_continuous_action": OFF_POLICY,
     "srl": OFF_POLICY.replace("learning-starts", "random-steps") + " --no-eval-lengths",
     "s3rl_td3": S3RL,
+    "s3rl_ppo": f"{STT} 4096 --num-envs 8 --num-steps 256 --total-timesteps 8192",
     "ppo_rlhf_fsdp": "--total-episodes 192 --eval-prompts 16",
     "grpo_fsdp": GROUPS,
     "rft_fsdp": GROUPS,

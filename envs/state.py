@@ -98,7 +98,8 @@ def play_and_save(env: gym.Env, act, episodes: int, seed: int, save_every: int):
     """Play whole episodes by `act(obs)` and save every `save_every`-th state that it acts in.
 
     Episode i starts from seed + i; the states are counted through all episodes, from 0. Closes env.
-    Returns the returns (episodes,) and {"obs": (S, O), "actions": (S, A), "states"}, for `restore`.
+    Gives the returns (episodes,), the actions taken in these states (S, A) and, for `restore`,
+    {"obs": (S, O), "states"}.
     """
     saved, steps, returns = [], 0, np.zeros(episodes)
     for i in range(episodes):
@@ -117,9 +118,8 @@ def play_and_save(env: gym.Env, act, episodes: int, seed: int, save_every: int):
             done = terminated or truncated
     env.close()
     observations, actions, states = zip(*saved, strict=True)
-    arrays = {"obs": torch.from_numpy(np.stack(observations))}
-    arrays |= {"actions": torch.from_numpy(np.stack(actions))}
-    return returns, arrays | {"states": _stack(states)}
+    saved = {"obs": torch.from_numpy(np.stack(observations)), "states": _stack(states)}
+    return returns, torch.from_numpy(np.stack(actions)), saved
 
 
 def restore(env: gym.Env, saved: dict, i: int) -> np.ndarray:

@@ -149,6 +149,17 @@ CASES = {
             "--policy-noise -1": "--policy-noise -1",
         },
     ),
+    "s3rl_ppo": Case(
+        smoke="--env-id Hopper-v5 --num-envs 2 --num-steps 64 --num-minibatches 4 "
+        "--update-epochs 4 --total-timesteps 4096 --eval-every 12 --eval-episodes 2 "
+        + S3RL.format("ppo_continuous_action", 2048),
+        changed="--truncation 30",
+        learning="--env-id InvertedPendulum-v5 --total-timesteps 100000 --snapshot-timesteps 20000 "
+        "--teacher runs/tests/ppo_continuous_action__InvertedPendulum-v5",
+        score=("eval/deterministic_return", 950),  # that of the parent
+        prepare="tests.teacher ppo_continuous_action",
+        bad=S3RL_BAD | {"--num-minibatches 7": "--num-minibatches 7"},
+    ),
     "ppo_rlhf_fsdp": Case(
         smoke="--total-episodes 320 --batch-size 16 --eval-prompts 16 --eval-every 8",
         changed="--temperature 0.9",

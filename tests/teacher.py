@@ -12,7 +12,11 @@ OFF_POLICY = {  # the first has learned nothing, the second is the learning run 
     "Hopper-v5": "--total-timesteps 600 --learning-starts 100 --batch-size 16",
     "Pendulum-v1": "--total-timesteps 8000 --learning-starts 1000",
 }
-RUNS = {"td3_continuous_action": OFF_POLICY}
+ON_POLICY = {
+    "Hopper-v5": "--total-timesteps 512 --num-steps 256",
+    "InvertedPendulum-v5": "--total-timesteps 100000",
+}
+RUNS = {"td3_continuous_action": OFF_POLICY, "ppo_continuous_action": ON_POLICY}
 
 
 if __name__ == "__main__":

@@ -11,22 +11,34 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from envs import UserError
 from envs.make import make_env, make_vector_env
+from envs.moments import RunningMoments
 from envs.state import can_save_state, play_and_save, restore
 from envs.teacher import load_teacher
 from tests.launch import Run, assert_same_run, checkpoints, content, rows, run, same
 from tests.test_contracts import one_line_error
 
-PARENTS = {"s3rl_td3": "td3_continuous_action"}
+PARENTS = {"s3rl_td3": "td3_continuous_action", "s3rl_ppo": "ppo_continuous_action"}
 every_script = pytest.mark.parametrize(
     "script", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in PARENTS]
 )
 # flags of short runs on Pendulum-v1, whose episodes last 200 steps
-SHORT = {"s3rl_td3": "--learning-starts 100 --batch-size 16 --log-every 10"}
+SHORT = {
+    "s3rl_td3": "--learning-starts 100 --batch-size 16 --log-every 10",
+    "s3rl_ppo": "--num-steps 40 --num-minibatches 2 --update-epochs 2",
+}
 IDS = "Ant-v5 HalfCheetah-v5 Hopper-v5 Humanoid-v5 Swimmer-v5 Walker2d-v5 Reacher-v5 "
 IDS += "InvertedPendulum-v5 Pendulum-v1 MountainCarContinuous-v0 CartPole-v1 Acrobot-v1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group_of_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def module(script):
@@ -63,7 +75,7 @@ def random_actions(env):
 def pendulum_snapshots(values, clusters=6):
     """As many snapshots as values, of random play, with the probabilities of td3's script."""
     env = make_env("Pendulum-v1")
-    _, saved = play_and_save(env, random_actions(env), 1, 0, 200 // len(values))
+    _, _, saved = play_and_save(env, random_actions(env), 1, 0, 200 // len(values))
     p, _ = module("s3rl_td3").start_probabilities(np.array(values), clusters)
     assert len(saved["obs"]) == len(p)
     return saved | {"probabilities": torch.from_numpy(p)}
@@ -99,7 +111,7 @@ class Recorder(gym.Wrapper):
 def test_restored_snapshots_continue_to_the_last_bit(env_id):
     """After a checkpoint's save and load, in any order, in an environment that has moved on."""
     env = Recorder(make_env(env_id))
-    returns, saved = play_and_save(env, random_actions(env), 3, 5, 7)
+    returns, _, saved = play_and_save(env, random_actions(env), 3, 5, 7)
     assert len(returns) == 3
     file = io.BytesIO()
     torch.save(saved, file)
@@ -123,7 +135,7 @@ def test_restored_snapshots_continue_to_the_last_bit(env_id):
 def test_few_tensors():
     """Thousands of small ones would make each checkpoint slow."""
     env = make_env("Hopper-v5")
-    _, saved = play_and_save(env, random_actions(env), 20, 0, 1)
+    _, _, saved = play_and_save(env, random_actions(env), 20, 0, 1)
     leaves = []
 
     def walk(tree):
@@ -139,7 +151,7 @@ def test_few_tensors():
 
 def test_interval_counts_the_steps_of_all_episodes():
     env = make_env("Pendulum-v1")
-    _, saved = play_and_save(env, random_actions(env), 3, 0, 30)
+    _, _, saved = play_and_save(env, random_actions(env), 3, 0, 30)
     elapsed = [e for (e,) in saved["states"]["elapsed_steps"]]
     assert elapsed == [step % 200 for step in range(0, 600, 30)]
 
@@ -154,7 +166,7 @@ def test_saving_leaves_the_episodes_as_they_are():
             _, reward, terminated, truncated, _ = plain.step(np.zeros(3))
             expected[-1] += reward
             done = terminated or truncated
-    returns, _ = play_and_save(env, lambda obs: np.zeros(3), 4, 3, 7)
+    returns, _, _ = play_and_save(env, lambda obs: np.zeros(3), 4, 3, 7)
     assert returns.tolist() == expected
 
 
@@ -265,6 +277,22 @@ def test_cut_episodes_bootstrap():
     assert all(table[t, n, :3].tobytes() in stored for t in (0, 4, 8) for n in (0, 1))
 
 
+def test_cut_episodes_bootstrap_in_ppo():
+    """Where V is c everywhere and lambda is 0, each advantage is r + gamma c - c, at cuts too."""
+    ppo, snapshots = module("s3rl_ppo"), pendulum_snapshots(list(range(50)))
+    envs = first_phase("s3rl_ppo", snapshots, 4, 2)
+    agent, c = ppo.Agent(envs.single_observation_space, envs.single_action_space), 3.0
+    torch.nn.init.zeros_(agent.critic[-1].weight)
+    torch.nn.init.constant_(agent.critic[-1].bias, c)
+    moments = RunningMoments((3,)), RunningMoments()
+    args = SimpleNamespace(num_steps=12, gamma=0.9, gae_lambda=0.0, env_id="Pendulum-v1")
+    state = ppo.reset(envs, moments[0], 0)
+    batch, episodes = ppo.rollout(envs, agent, state, *moments, args, torch.device("cpu"))
+    assert [(t, length) for t, _, length in episodes] == [(t, 4) for t in (3, 3, 7, 7, 11, 11)]
+    assert batch["truncations"].sum() == 6 and not batch["terminations"].any()
+    torch.testing.assert_close(batch["advantages"], batch["rewards"] + 0.9 * c - c)
+
+
 # WHOLE RUNS ======================================================================================
 
 
@@ -306,6 +334,15 @@ def test_both_phases(script, arm, teacher, tmp_path):
         sizes = [value for key, value in facts.items() if key.startswith("charts/cluster_size@")]
         assert sum(sizes) == 200 and len(sizes) == (6 if arm == "S3RL" else 1)
     assert content(checkpoints(run_dir)[-1])["rank0.pt/snapshots"] is None
+
+
+def test_moments_of_ppo_stay_at_the_switch(teacher, tmp_path):
+    flags = ["--snapshot-timesteps", 320, "--total-timesteps", 960, "--teacher"]
+    run_dir = short_run("s3rl_ppo", tmp_path / "run", *flags, teacher("s3rl_ppo"))
+    saved = torch.load(checkpoints(run_dir)[-1] / "rank0.pt", weights_only=True)
+    # both resets, each step, and the last observations of 3 episodes in either phase
+    assert saved["obs_moments"]["sums"][0] == pytest.approx(torch.full((3,), 2 + 960 + 6 + 1e-4))
+    assert saved["return_moments"]["sums"][0] == pytest.approx(960 + 1e-4)
 
 
 @every_script
@@ -394,7 +431,8 @@ gym.register("NoStateBox-v0", NoState)
 def test_environment_that_cannot_be_saved(script, monkeypatch):
     assert not can_save_state(make_env("NoStateBox-v0"))
     args = module(script).Args(env_id="NoStateBox-v0", teacher="run")
-    monkeypatch.setattr(module(script), "load_teacher", lambda *_: None)  # any teacher
+    any_teacher = {"obs_moments": RunningMoments((2,)).state()}
+    monkeypatch.setattr(module(script), "load_teacher", lambda *_: any_teacher)
     with pytest.raises(UserError, match="cannot be saved"):
         module(script).take_snapshots(args)
     envs = make_vector_env(
