@@ -269,7 +269,7 @@ def test_flags_are_accepted(name):
         for scale in SCALES:
             flags = run.flags(scale)
             for env in (run.envs or [""]) * (flags is not None):
-                where = ["--env-id", env] * takes_env
+                where = ["--env-id", env] * takes_env + ["--teacher", "run"] * bool(run.teacher)
                 parsed = tyro.cli(args, args=[*flags, *where, "--seed", "2"])
                 assert parsed.seed == 2 and getattr(parsed, "env_id", "") == env
                 tried += 1
