@@ -30,6 +30,16 @@ OFF_POLICY = (
     "--updates-per-step 0.5 --log-every 10 --total-timesteps 800 --buffer-size 500 "
     "--eval-every 150 --eval-episodes 2"
 )
+OFF_POLICY_BAD = {
+    "--env-id Nope-v0": "--env-id Nope-v0",
+    "--env-id CartPole-v1": "ppo.py",
+    "--num-envs 0": "--num-envs 0",
+    "--batch-size 0": "--batch-size 0",
+    "--buffer-size 1": "--buffer-size 1",
+    "--updates-per-step 0": "--updates-per-step 0",
+    "--total-timesteps 1": "--total-timesteps 1",
+    "--device cuda": "--device cpu",
+}
 # a teacher of tests/teacher.py; the phases change in the middle of the run
 S3RL = "--teacher runs/tests/{}__Hopper-v5 --snapshot-timesteps {} --truncation 20 "
 S3RL_BAD = {
@@ -81,57 +91,24 @@ CASES = {
         changed="--gamma 0.9",
         learning="--env-id Pendulum-v1 --total-timesteps 6000 --learning-starts 1000",
         score=("eval/deterministic_return", -250),
-        bad={
-            "--env-id Nope-v0": "--env-id Nope-v0",
-            "--env-id CartPole-v1": "ppo.py",
-            "--num-envs 0": "--num-envs 0",
-            "--batch-size 0": "--batch-size 0",
-            "--buffer-size 1": "--buffer-size 1",
-            "--updates-per-step 0": "--updates-per-step 0",
-            "--alpha -1": "--alpha -1",
-            "--action-repeat 0": "--action-repeat 0",
-            "--total-timesteps 1": "--total-timesteps 1",
-            "--device cuda": "--device cpu",
-        },
+        bad=OFF_POLICY_BAD | {"--alpha -1": "--alpha -1", "--action-repeat 0": "--action-repeat 0"},
     ),
     "td3_continuous_action": Case(
         smoke=OFF_POLICY,
         changed="--gamma 0.9",
         learning="--env-id Pendulum-v1 --total-timesteps 8000 --learning-starts 1000",
         score=("eval/deterministic_return", -250),
-        bad={
-            "--env-id Nope-v0": "--env-id Nope-v0",
-            "--env-id CartPole-v1": "ppo.py",
-            "--num-envs 0": "--num-envs 0",
-            "--batch-size 0": "--batch-size 0",
-            "--buffer-size 1": "--buffer-size 1",
-            "--updates-per-step 0": "--updates-per-step 0",
-            "--policy-noise -1": "--policy-noise -1",
-            "--action-repeat 0": "--action-repeat 0",
-            "--total-timesteps 1": "--total-timesteps 1",
-            "--device cuda": "--device cpu",
-        },
+        bad=OFF_POLICY_BAD
+        | {"--policy-noise -1": "--policy-noise -1", "--action-repeat 0": "--action-repeat 0"},
     ),
     "srl": Case(
-        smoke="--env-id Hopper-v5 --num-envs 2 --batch-size 16 --sequence-length 3 "
-        "--random-steps 100 --updates-per-step 0.5 --log-every 10 --total-timesteps 800 "
-        "--buffer-size 500 --eval-every 150 --eval-episodes 2",
+        smoke=OFF_POLICY.replace("learning-starts", "random-steps") + " --sequence-length 3",
         changed="--gamma 0.9",
         # smaller batches than the paper's, for the sake of time
         learning="--env-id Pendulum-v1 --sequence-length 2 --batch-size 64 "
         "--total-timesteps 6000 --random-steps 1000 --no-eval-lengths",
         score=("eval/deterministic_return", -250),
-        bad={
-            "--env-id Nope-v0": "--env-id Nope-v0",
-            "--env-id CartPole-v1": "ppo.py",
-            "--num-envs 0": "--num-envs 0",
-            "--batch-size 0": "--batch-size 0",
-            "--buffer-size 1": "--buffer-size 1",
-            "--updates-per-step 0": "--updates-per-step 0",
-            "--sequence-length 0": "--sequence-length 0",
-            "--total-timesteps 1": "--total-timesteps 1",
-            "--device cuda": "--device cpu",
-        },
+        bad=OFF_POLICY_BAD | {"--sequence-length 0": "--sequence-length 0"},
     ),
     "s3rl_td3": Case(
         smoke="--env-id Hopper-v5 --num-envs 2 --batch-size 16 --learning-starts 100 "
