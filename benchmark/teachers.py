@@ -6,6 +6,7 @@ made first; they are ordinary runs of their own paper, at the same scale or, whe
 in that, at the next larger one.
 """
 
+import functools
 import shlex
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from rlhf import UserError
 METRIC = "charts/episodic_return"
 
 
+@functools.cache  # asked for each run of a plan, and it reads a file
 def source(teacher: str, scale: Scale) -> tuple[str, str, Scale]:
     """Paper, run and scale of the runs among which the teacher is."""
     name, run_name = teacher.split()
