@@ -30,7 +30,6 @@ size, K number of actions.
 import atexit
 import errno
 import hashlib
-import importlib
 import importlib.metadata
 import json
 import math
@@ -287,8 +286,6 @@ def rollout(envs, agent, state, args, device):
                 final_obs[t, n] = infos["final_obs"][n]
             episodes.append((t, state["episode_return"][n], state["episode_length"][n]))
             state["episode_return"][n] = state["episode_length"][n] = 0
-    if not np.isfinite(rewards).all():
-        raise UserError(f"--env-id {args.env_id}: a reward is not a finite number")
 
     # The weights stayed the same, so one pass over the rollout gives what acting did not need.
     batch = {"obs": obs, "actions": actions, "rewards": rewards}
@@ -348,8 +345,7 @@ def evaluate_and_log(checkpoint, step, log, args):
     if dist.get_rank() > 0:
         return
     for mode in ("deterministic", "stochastic"):
-        video_dir = checkpoint.parents[1] / "videos" / f"{step}-{mode}"
-        video_dir = video_dir if args.capture_video else None
+        video_dir = checkpoint.parents[1] / f"videos/{step}-{mode}" if args.capture_video else None
         returns = evaluate(checkpoint, args.eval_episodes, mode == "deterministic", video_dir)
         log.add(step, {f"eval/{mode}_return": returns.mean(), f"eval/{mode}_std": returns.std()})
         tqdm.write(f"step {step}: {mode} return {returns.mean():.1f} +- {returns.std():.1f}")
@@ -508,9 +504,7 @@ class RunLog:
             self.tracker.log(metrics, step=step)
 
     def size(self):
-        """Bytes of metrics.csv so far, all of them written out."""
-        if self.active:
-            self.file.flush()
+        """Bytes of metrics.csv so far; tell() writes all of them out."""
         return self.file.tell() if self.active else 0
 
 
@@ -530,6 +524,7 @@ def setup_process(device):
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA here; use --device cpu")
     cuda = device != "cpu" and torch.cuda.is_available()
+    torch.set_flush_denormal(True)  # Adam's moments decay to numbers that are slow to add
     options = {"backend": "nccl" if cuda else "gloo", "timeout": timedelta(hours=1)}
     if "WORLD_SIZE" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}

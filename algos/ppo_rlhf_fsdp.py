@@ -34,7 +34,6 @@ import atexit
 import copy
 import errno
 import hashlib
-import importlib
 import importlib.metadata
 import json
 import math
@@ -595,9 +594,7 @@ class RunLog:
             self.tracker.log(metrics, step=step)
 
     def size(self):
-        """Bytes of metrics.csv so far, all of them written out."""
-        if self.active:
-            self.file.flush()
+        """Bytes of metrics.csv so far; tell() writes all of them out."""
         return self.file.tell() if self.active else 0
 
 
@@ -617,6 +614,7 @@ def setup_process(device):
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA here; use --device cpu")
     cuda = device != "cpu" and torch.cuda.is_available()
+    torch.set_flush_denormal(True)  # Adam's moments decay to numbers that are slow to add
     options = {"backend": "nccl" if cuda else "gloo", "timeout": timedelta(hours=1)}
     if "WORLD_SIZE" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}

@@ -30,7 +30,6 @@ import atexit
 import copy
 import errno
 import hashlib
-import importlib
 import importlib.metadata
 import json
 import math
@@ -352,15 +351,13 @@ def begin_episode(env, obs, snapshots, args):
 # ROLLOUT =========================================================================================
 
 
-def env_step(envs, actions, state, buffer, args):
+def env_step(envs, actions, state, buffer):
     """One decision in N environments, stored. Returns the episodes (return, length) that ended.
 
     state: "obs" (N, O), "episode_return" and "episode_length" (N,), updated in place.
     """
     actions = actions.reshape(envs.action_space.shape)
     next_obs, rewards, terminations, _, infos = envs.step(actions)
-    if not np.isfinite(rewards).all():
-        raise UserError(f"--env-id {args.env_id}: a reward is not a finite number")
     state["episode_return"] += rewards
     state["episode_length"] += 1
     last_obs, episodes = next_obs.copy(), []
@@ -405,8 +402,7 @@ def evaluate_and_log(checkpoint, step, log, args):
     if dist.get_rank() > 0:
         return
     for mode in ("deterministic", "stochastic"):
-        video_dir = checkpoint.parents[1] / "videos" / f"{step}-{mode}"
-        video_dir = video_dir if args.capture_video else None
+        video_dir = checkpoint.parents[1] / f"videos/{step}-{mode}" if args.capture_video else None
         returns = evaluate(checkpoint, args.eval_episodes, mode == "deterministic", video_dir)
         log.add(step, {f"eval/{mode}_return": returns.mean(), f"eval/{mode}_std": returns.std()})
         tqdm.write(f"step {step}: {mode} return {returns.mean():.1f} +- {returns.std():.1f}")
@@ -565,9 +561,7 @@ class RunLog:
             self.tracker.log(metrics, step=step)
 
     def size(self):
-        """Bytes of metrics.csv so far, all of them written out."""
-        if self.active:
-            self.file.flush()
+        """Bytes of metrics.csv so far; tell() writes all of them out."""
         return self.file.tell() if self.active else 0
 
 
@@ -587,6 +581,7 @@ def setup_process(device):
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA here; use --device cpu")
     cuda = device != "cpu" and torch.cuda.is_available()
+    torch.set_flush_denormal(True)  # Adam's moments decay to numbers that are slow to add
     options = {"backend": "nccl" if cuda else "gloo", "timeout": timedelta(hours=1)}
     if "WORLD_SIZE" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -751,7 +746,7 @@ def main(args):
             else:
                 noise = args.exploration_noise * np.random.standard_normal((N, len(low)))
                 actions = act(state["obs"], noise)
-            ended = env_step(envs, actions, state, buffer, args)
+            ended = env_step(envs, actions, state, buffer)
             global_step += args.num_envs
             kind = "snapshot" if first_phase else "episodic"
             episodes += [(global_step, kind, *episode) for episode in ended]

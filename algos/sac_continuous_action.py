@@ -29,7 +29,6 @@ Shapes: N environments, M transitions of a batch (of this process), O observatio
 import atexit
 import errno
 import hashlib
-import importlib
 import importlib.metadata
 import json
 import math
@@ -149,10 +148,9 @@ class Args:
 
 
 def squashed_gaussian(raw, noise, scale, middle):
-    """Actions and their log-probabilities, eqs. (1) and (2).
+    """Actions (M, A) and their log-probabilities (M,), eqs. (1) and (2).
 
-    raw: mean and unbounded log standard deviation (M, 2A); noise: standard normal (M, A).
-    Returns (M, A) and (M,).
+    raw (M, 2A): mean and unbounded log standard deviation; noise (M, A): standard normal.
     """
     mean, raw_std = raw.chunk(2, -1)
     log_std = -5 + 3.5 * (raw_std.tanh() + 1)
@@ -323,15 +321,13 @@ class ReplayBuffer:
 # ROLLOUT =========================================================================================
 
 
-def env_step(envs, actions, state, buffer, args):
+def env_step(envs, actions, state, buffer):
     """One decision in N environments, stored. Returns the episodes (return, length) that ended.
 
     state: "obs" (N, O), "episode_return" and "episode_length" (N,), updated in place.
     """
     actions = actions.reshape(envs.action_space.shape)
     next_obs, rewards, terminations, _, infos = envs.step(actions)
-    if not np.isfinite(rewards).all():
-        raise UserError(f"--env-id {args.env_id}: a reward is not a finite number")
     state["episode_return"] += rewards
     state["episode_length"] += 1
     last_obs, episodes = next_obs.copy(), []
@@ -379,8 +375,7 @@ def evaluate_and_log(checkpoint, step, log, args, best):
         return
     means = {}
     for mode in ("deterministic", "stochastic"):
-        video_dir = checkpoint.parents[1] / "videos" / f"{step}-{mode}"
-        video_dir = video_dir if args.capture_video else None
+        video_dir = checkpoint.parents[1] / f"videos/{step}-{mode}" if args.capture_video else None
         returns = evaluate(checkpoint, args.eval_episodes, mode == "deterministic", video_dir)
         log.add(step, {f"eval/{mode}_return": returns.mean(), f"eval/{mode}_std": returns.std()})
         tqdm.write(f"step {step}: {mode} return {returns.mean():.1f} +- {returns.std():.1f}")
@@ -543,9 +538,7 @@ class RunLog:
             self.tracker.log(metrics, step=step)
 
     def size(self):
-        """Bytes of metrics.csv so far, all of them written out."""
-        if self.active:
-            self.file.flush()
+        """Bytes of metrics.csv so far; tell() writes all of them out."""
         return self.file.tell() if self.active else 0
 
 
@@ -565,6 +558,7 @@ def setup_process(device):
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA here; use --device cpu")
     cuda = device != "cpu" and torch.cuda.is_available()
+    torch.set_flush_denormal(True)  # Adam's moments decay to numbers that are slow to add
     options = {"backend": "nccl" if cuda else "gloo", "timeout": timedelta(hours=1)}
     if "WORLD_SIZE" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -761,7 +755,7 @@ def main(args):
                 actions = np.random.uniform(low, high, (N, len(low))).astype(np.float32)
             else:
                 actions = act(state["obs"], np.random.standard_normal((N, len(low))))
-            ended = env_step(envs, actions, state, buffer, args)
+            ended = env_step(envs, actions, state, buffer)
             global_step += decision_steps
             episodes += [(global_step, *episode) for episode in ended]
             for number in range(updates, due := updates_due(global_step, args)):

@@ -36,7 +36,6 @@ import atexit
 import copy
 import errno
 import hashlib
-import importlib
 import importlib.metadata
 import json
 import math
@@ -353,7 +352,7 @@ def next_actions(state, act, low, high, random):
     return state["plan"][np.arange(len(state["plan"])), state["position"] - 1]
 
 
-def env_step(envs, actions, state, buffer, args):
+def env_step(envs, actions, state, buffer):
     # diverges: the actions before and the rest of a sequence
     """One step in N environments, stored. Returns the episodes (return, length) that ended.
 
@@ -361,8 +360,6 @@ def env_step(envs, actions, state, buffer, args):
     the "position" in the plan, "episode_return" and "episode_length".
     """
     next_obs, rewards, terminations, _, infos = envs.step(actions.reshape(envs.action_space.shape))
-    if not np.isfinite(rewards).all():
-        raise UserError(f"--env-id {args.env_id}: a reward is not a finite number")
     state["episode_return"] += rewards
     state["episode_length"] += 1
     last_obs, episodes = next_obs.copy(), []
@@ -570,9 +567,7 @@ class RunLog:
             self.tracker.log(metrics, step=step)
 
     def size(self):
-        """Bytes of metrics.csv so far, all of them written out."""
-        if self.active:
-            self.file.flush()
+        """Bytes of metrics.csv so far; tell() writes all of them out."""
         return self.file.tell() if self.active else 0
 
 
@@ -592,6 +587,7 @@ def setup_process(device):
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA here; use --device cpu")
     cuda = device != "cpu" and torch.cuda.is_available()
+    torch.set_flush_denormal(True)  # Adam's moments decay to numbers that are slow to add
     options = {"backend": "nccl" if cuda else "gloo", "timeout": timedelta(hours=1)}
     if "WORLD_SIZE" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -761,7 +757,7 @@ def main(args):
         metrics, episodes = {}, []
         for _ in range(min(args.log_every, (total - global_step) // args.num_envs)):
             actions = next_actions(state, act, low, high, global_step < args.random_steps)
-            ended = env_step(envs, actions, state, buffer, args)
+            ended = env_step(envs, actions, state, buffer)
             global_step += args.num_envs
             episodes += [(global_step, *episode) for episode in ended]
             due = int(args.updates_per_step * max(0, global_step + 1 - args.batch_size))

@@ -36,6 +36,7 @@ FLAGS = {
     "td3_continuous_action": OFF_POLICY,
     "srl": OFF_POLICY.replace("learning-starts", "random-steps") + " --no-eval-lengths",
     "s3rl_td3": S3RL,
+    "s3rl_sac": S3RL,
     "s3rl_ppo": f"{STT} 4096 --num-envs 8 --num-steps 256 --total-timesteps 8192",
     "ppo_rlhf_fsdp": "--total-episodes 192 --eval-prompts 16",
     "grpo_fsdp": GROUPS,

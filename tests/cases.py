@@ -126,6 +126,21 @@ CASES = {
             "--policy-noise -1": "--policy-noise -1",
         },
     ),
+    "s3rl_sac": Case(
+        smoke="--env-id Hopper-v5 --num-envs 2 --batch-size 16 --learning-starts 100 "
+        "--log-every 10 --total-timesteps 800 --buffer-size 500 --eval-every 300 "
+        "--eval-episodes 2 " + S3RL.format("sac_continuous_action", 400),
+        changed="--truncation 30",
+        learning="--env-id Pendulum-v1 --total-timesteps 8000 --learning-starts 1000 "
+        "--teacher runs/tests/sac_continuous_action__Pendulum-v1 --snapshot-timesteps 2000",
+        score=("eval/deterministic_return", -250),  # that of the parent
+        prepare="tests.teacher sac_continuous_action",
+        bad=S3RL_BAD
+        | {
+            "--batch-size 0": "--batch-size 0",
+            "--buffer-size 1": "--buffer-size 1",
+        },
+    ),
     "s3rl_ppo": Case(
         smoke="--env-id Hopper-v5 --num-envs 2 --num-steps 64 --num-minibatches 4 "
         "--update-epochs 4 --total-timesteps 4096 --eval-every 12 --eval-episodes 2 "

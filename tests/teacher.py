@@ -8,7 +8,7 @@ import sys
 
 from tests.launch import ROOT, run
 
-OFF_POLICY = {  # the first has learned nothing, the second is the learning run of its script
+OFF_POLICY = {  # the first has learned nothing, the second enough
     "Hopper-v5": "--total-timesteps 600 --learning-starts 100 --batch-size 16",
     "Pendulum-v1": "--total-timesteps 8000 --learning-starts 1000",
 }
@@ -16,7 +16,8 @@ ON_POLICY = {
     "Hopper-v5": "--total-timesteps 512 --num-steps 256",
     "InvertedPendulum-v5": "--total-timesteps 100000",
 }
-RUNS = {"td3_continuous_action": OFF_POLICY, "ppo_continuous_action": ON_POLICY}
+RUNS = {f"{base}_continuous_action": OFF_POLICY for base in ("td3", "sac")}
+RUNS["ppo_continuous_action"] = ON_POLICY
 
 
 if __name__ == "__main__":

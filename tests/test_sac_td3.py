@@ -260,10 +260,10 @@ def played(module, env_id, steps, action_repeat=1):
     buffer = module.ReplayBuffer(100, 1, 2, 4, torch.device("cpu"))
     state = {"obs": obs.astype(np.float32), "episode_return": np.zeros(2)}
     state["episode_length"] = np.zeros(2)
-    args, episodes = SimpleNamespace(env_id=env_id), []
+    episodes = []
     for t in range(steps):
         actions = np.full((2, 2), t / 100, np.float32)
-        episodes += module.env_step(envs, actions, state, buffer, args)
+        episodes += module.env_step(envs, actions, state, buffer)
     return buffer.rows[: buffer.size].numpy(), episodes
 
 

@@ -312,7 +312,7 @@ def played(env_id, steps, length):
     state = {"obs": obs.astype(np.float32), "previous": np.zeros((1, 1), np.float32)}
     state |= {"plan": np.zeros((1, length, 1), np.float32), "position": np.full(1, length)}
     state |= {"episode_return": np.zeros(1), "episode_length": np.zeros(1)}
-    args, episodes, asked = SimpleNamespace(env_id=env_id), [], []
+    episodes, asked = [], []
 
     def act(obs, previous, noise):
         asked.append((obs[0, 0], previous[0, 0]))
@@ -321,7 +321,7 @@ def played(env_id, steps, length):
 
     for _ in range(steps):
         actions = srl.next_actions(state, act, -1, 1, False)
-        episodes += srl.env_step(envs, actions, state, buffer, args)
+        episodes += srl.env_step(envs, actions, state, buffer)
     return buffer.rows[: buffer.size].numpy(), episodes, asked
 
 
