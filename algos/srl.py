@@ -7,7 +7,7 @@ Reinforcement Learning for Model-Free Control, Patel, Siegelmann, ICLR 2025, arX
 
 What changes against the parent: the actor gives J actions, which are taken without a look at what
 they do. In training a learned model says where each of them is taken, so that the critic of single
-steps grades it; acting needs none. Dropped: action repeat, fixed alpha, delayed actor, bf16, video.
+steps grades it; acting needs none. Dropped: action repeat, fixed alpha, delayed actor, bf16.
 
     h_0 = V relu(U s),  h_k = GRU(a_{k-1}, h_{k-1}),  a_0: the action before s, at first 0      (8)
     a_k = tanh(u_k) scale + middle,  u_k = m(h_k) + exp(clip(w(h_k), -20, 2)) eps_k             (9)
@@ -115,6 +115,8 @@ class Args:
     """updates between evaluations; 0 evaluates at the end only"""
     eval_episodes: int = 10
     """episodes of an evaluation"""
+    capture_video: bool = False
+    """record the first episode of each evaluation (pip install moviepy)"""
     eval_lengths: bool = True
     """evaluate sequences of 1, 2, 4, ..., 30 and of random numbers of actions, too; FAS"""
     track: Literal["wandb", "trackio"] | None = None
@@ -380,11 +382,11 @@ def env_step(envs, actions, state, buffer):
 
 
 @torch.no_grad()
-def evaluate(checkpoint, episodes, deterministic, lengths=()):
+def evaluate(checkpoint, episodes, deterministic, video_dir=None, lengths=()):
     # diverges: sequences of actions
     """As the parent's evaluate, with sequences of the given lengths in place of held actions."""
     saved = torch.load(checkpoint / "rank0.pt", map_location="cpu", weights_only=True, mmap=True)
-    envs = make_episodes(saved["args"]["env_id"], episodes)
+    envs = make_episodes(saved["args"]["env_id"], episodes, video_dir)
     agent = Agent(envs[0].observation_space, envs[0].action_space)
     agent.load_state_dict(saved["agent"])
     seed = saved["args"]["seed"] + (20_000 if lengths else 10_000)
@@ -405,7 +407,8 @@ def evaluate_and_log(checkpoint, step, log, args, best):
         return
     means = {}
     for mode in ("deterministic", "stochastic"):
-        returns = evaluate(checkpoint, args.eval_episodes, mode == "deterministic")
+        video_dir = checkpoint.parents[1] / f"videos/{step}-{mode}" if args.capture_video else None
+        returns = evaluate(checkpoint, args.eval_episodes, mode == "deterministic", video_dir)
         log.add(step, {f"eval/{mode}_return": returns.mean(), f"eval/{mode}_std": returns.std()})
         tqdm.write(f"step {step}: {mode} return {returns.mean():.1f} +- {returns.std():.1f}")
         means[mode] = returns.mean()

@@ -5,6 +5,8 @@ import importlib
 import io
 import math
 import shutil
+import subprocess
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -18,7 +20,7 @@ from torch.nn.functional import linear, mse_loss
 
 from envs import UserError
 from envs.make import make_env, make_vector_env
-from tests.launch import checkpoints, rows, run
+from tests.launch import ROOT, checkpoints, rows, run
 
 sac = importlib.import_module("algos.sac_continuous_action")
 td3 = importlib.import_module("algos.td3_continuous_action")
@@ -520,3 +522,21 @@ def test_score_of_the_reloaded_agent_and_the_buffer_in_the_checkpoint(module, tm
     assert saved["buffer"]["position"] == 300 % 250
     assert saved["updates"] == (600 - 100) // 2
     assert not saved["buffer"]["rows"][:, -1].any(), "Pendulum only ends at its time limit"
+
+
+@pytest.mark.parametrize(
+    "script", ["sac_continuous_action", "td3_continuous_action", "srl", "s3rl_sac", "s3rl_td3"]
+)
+def test_video(script, tmp_path):
+    flags = "--env-id Pendulum-v1 --total-timesteps 200 --eval-episodes 2 --capture-video"
+    flags += " --snapshot-timesteps 0" if script.startswith("s3rl") else ""
+    run(script, 1, *flags.split(), "--run-dir", tmp_path / "run")
+    videos = list((tmp_path / "run" / "videos").rglob("*.mp4"))
+    assert len(videos) == 2 and all(video.stat().st_size > 1000 for video in videos)
+
+
+def test_denormal_numbers_are_flushed():
+    """As Adam's moments decay, they would become so small that arithmetic takes far longer."""
+    code = "import algos.td3_continuous_action as script, torch; script.setup_process('cpu'); "
+    code += "assert (torch.full((64,), 2.0**-126) * 0.5).count_nonzero() == 0"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
