@@ -51,7 +51,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
-from sklearn.cluster import KMeans
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -307,6 +306,8 @@ def take_snapshots(args):
 
 def start_probabilities(values, clusters):
     """The share of each snapshot (S,), and the sizes of the clusters from low to high values."""
+    from sklearn.cluster import KMeans  # takes a second
+
     count = min(clusters, len(np.unique(values)))  # more could not be told apart
     kmeans = KMeans(count, n_init="auto", random_state=0).fit(values.reshape(-1, 1))
     sizes = np.bincount(kmeans.labels_, minlength=count)

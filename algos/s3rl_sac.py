@@ -51,7 +51,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
-from sklearn.cluster import KMeans
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -146,10 +145,7 @@ class Args:
 
 
 def squashed_gaussian(raw, noise, scale, middle):
-    """Actions (M, A) and their log-probabilities (M,), eqs. (1) and (2).
-
-    raw (M, 2A): mean and unbounded log standard deviation; noise (M, A): standard normal.
-    """
+    """Actions (M, A), log-probabilities (M,), eqs. (1) and (2); raw: (M, 2A), noise: (M, A)."""
     mean, raw_std = raw.chunk(2, -1)
     log_std = -5 + 3.5 * (raw_std.tanh() + 1)
     squashed = (mean + log_std.exp() * noise).tanh()
@@ -336,6 +332,8 @@ def take_snapshots(args):
 
 def start_probabilities(values, clusters):
     """The share of each snapshot (S,), and the sizes of the clusters from low to high values."""
+    from sklearn.cluster import KMeans  # takes a second
+
     count = min(clusters, len(np.unique(values)))  # more could not be told apart
     kmeans = KMeans(count, n_init="auto", random_state=0).fit(values.reshape(-1, 1))
     sizes = np.bincount(kmeans.labels_, minlength=count)

@@ -148,10 +148,7 @@ class Args:
 
 
 def squashed_gaussian(raw, noise, scale, middle):
-    """Actions (M, A) and their log-probabilities (M,), eqs. (1) and (2).
-
-    raw (M, 2A): mean and unbounded log standard deviation; noise (M, A): standard normal.
-    """
+    """Actions (M, A), log-probabilities (M,), eqs. (1) and (2); raw: (M, 2A), noise: (M, A)."""
     mean, raw_std = raw.chunk(2, -1)
     log_std = -5 + 3.5 * (raw_std.tanh() + 1)
     squashed = (mean + log_std.exp() * noise).tanh()
