@@ -635,7 +635,6 @@ def setup_process(device):
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA here; use --device cpu")
     cuda = device != "cpu" and torch.cuda.is_available()
-    torch.set_flush_denormal(True)  # Adam's moments decay to numbers that are slow to add
     options = {"backend": "nccl" if cuda else "gloo", "timeout": timedelta(hours=1)}
     if "WORLD_SIZE" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -693,6 +692,7 @@ def update(policy, optimizer, batch, args) -> dict[str, float]:
 
 
 def main(args):
+    torch.set_flush_denormal(True)  # Adam's moments decay to numbers that are slow to add
     name = args.model or warm_start(args.task, args.levels, args.task_config)
     rank, world_size, device = setup_process(args.device)
     run_dir = args.run_dir or Path("runs") / f"{Path(__file__).stem}__{args.seed}"

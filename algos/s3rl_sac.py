@@ -21,7 +21,8 @@ Run:  python algos/s3rl_sac.py --env-id Hopper-v5 --teacher runs/Hopper-v5__sac_
 
 Differs from the paper: unknown, its text was not read. This follows the authors' published code.
 Differs from the authors' code: states of simulators, not copies of environments; snapshots one step
-    earlier; every episode of the teacher has a seed of its own; and what the parent lists.
+    earlier; their f_i is of another draw than the action taken; every episode of the teacher has a
+    seed of its own; --clusters is 6 as in their commands, not 4; and what the parent lists.
 
 Shapes: N environments, M transitions of a batch, S snapshots, O observation, A action size.
 """
@@ -390,8 +391,8 @@ def evaluate(checkpoint, episodes, deterministic, video_dir=None):
     agent = Agent(envs[0].observation_space, envs[0].action_space)
     agent.load_state_dict(saved["agent"])
     seed = saved["args"]["seed"] + 10_000
-    act, A = numpy_policy(agent), len(agent.scale)
-    noise = partial(np.random.default_rng(seed).normal, 0, 0 if deterministic else 1)
+    act, A, draw = numpy_policy(agent), len(agent.scale), np.random.default_rng(seed)
+    noise = (lambda size: 0.0) if deterministic else draw.standard_normal
     return play_episodes(envs, seed, [1], lambda o, *_: act(o, noise((len(o), A)))[:, None])[0]
 
 
@@ -579,7 +580,6 @@ def setup_process(device):
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA here; use --device cpu")
     cuda = device != "cpu" and torch.cuda.is_available()
-    torch.set_flush_denormal(True)  # Adam's moments decay to numbers that are slow to add
     options = {"backend": "nccl" if cuda else "gloo", "timeout": timedelta(hours=1)}
     if "WORLD_SIZE" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -675,6 +675,7 @@ def update(flat, optimizers, gradients, batch, noise, args):
 
 
 def main(args):
+    torch.set_flush_denormal(True)  # Adam's moments decay to numbers that are slow to add
     rank, world_size, device = setup_process(args.device)
     torch.set_num_threads(1)  # runs side by side share a machine better than threads share a batch
     run_dir = args.run_dir or Path("runs") / f"{args.env_id}__{Path(__file__).stem}__{args.seed}"

@@ -632,9 +632,9 @@ def grpo(
 def update(paper: str | None = None, updates: int = 10, threads: int = 1) -> None:
     """The machine's matrix-product rate, and the share of it that each script's update reaches.
 
-    Each script runs with the flags of its first run in benchmark/papers/ (scale laptop), in its own
-    process. Before each update the rate of one large float32 product is measured. Work counts
-    matrix products only, forward and backward.
+    Each script runs with the flags of its first run in benchmark/papers/ (scale laptop), but not
+    compiled, in its own process. Before each update the rate of one large float32 product is
+    measured. Work counts matrix products only, forward and backward.
 
     Args:
         paper: Scripts of one file of benchmark/papers/; default: of all.
@@ -655,6 +655,9 @@ def update(paper: str | None = None, updates: int = 10, threads: int = 1) -> Non
             if run.script in seen or flags is None or run.teacher:  # whose update is its parent's
                 continue
             seen.add(run.script)
+            flags = [
+                flag for flag in flags if flag != "--compile"
+            ]  # operators could not be counted
             envs = ["--env-id", run.envs[0]] if run.envs else []
             script = str(ROOT / "algos" / f"{run.script}.py")
             with tempfile.TemporaryDirectory() as folder:

@@ -23,10 +23,14 @@ mujoco.set_mju_user_warning(_mujoco_warning)
 class FiniteReward(gym.Wrapper):
     """Raises UserError for a reward that is no finite number, before an agent learns from it."""
 
+    def __init__(self, env: gym.Env, env_id: str):
+        super().__init__(env)
+        self.env_id = env_id
+
     def step(self, action):
         transition = self.env.step(action)
         if not math.isfinite(transition[1]):
-            raise UserError(f"--env-id {self.spec.id}: a reward is not a finite number")
+            raise UserError(f"--env-id {self.env_id}: a reward is not a finite number")
         return transition
 
 
@@ -70,7 +74,7 @@ def make_env(env_id: str, video_dir: Path | None = None, action_repeat: int = 1)
     try:
         # The passive checker only warns; it would cost a check of every step's types.
         env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True)
-        env = FiniteReward(env)
+        env = FiniteReward(env, env_id)
     except (gym.error.Error, ModuleNotFoundError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"--env-id {env_id}: {reason}") from error

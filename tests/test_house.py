@@ -187,6 +187,13 @@ def test_args_are_documented(script):
     assert not missing, f"flags that every script of its kind has: {missing}"
 
 
+@every_script
+def test_denormals_are_flushed_before_anything_else(script):
+    """A thread of torch takes this over from the one that starts it, so later is too late."""
+    main = next(f for f in tree(script).body if getattr(f, "name", "") == "main")
+    assert ast.unparse(main.body[0]) == "torch.set_flush_denormal(True)"
+
+
 @pytest.mark.parametrize("flag", SAME_HELP)
 def test_common_flags(flag):
     found = {name: args_fields(name)[flag] for name in SCRIPTS if flag in args_fields(name)}

@@ -202,10 +202,40 @@ def test_empty_clusters_are_dropped(script, monkeypatch):
         def __init__(self, *args, **kwargs):
             self.fit = lambda values: self
 
-    monkeypatch.setattr(module(script), "KMeans", Labels)
+    monkeypatch.setattr("sklearn.cluster.KMeans", Labels)
     p, sizes = module(script).start_probabilities(np.arange(4.0), 3)
     np.testing.assert_allclose(p, [1 / 2] + [1 / 6] * 3, rtol=1e-12)
     assert sizes.tolist() == [1, 0, 3]
+
+
+def test_values_of_sac_are_those_of_the_actions_taken(teacher, monkeypatch):
+    """Eq. (8), by playing the teacher's episodes again."""
+    sac, seen = module("s3rl_sac"), []
+    found = np.array([0.5, 0.5]), np.array([1, 1])
+    monkeypatch.setattr(sac, "start_probabilities", lambda *inputs: seen.append(inputs) or found)
+    plan = {"seed": 3, "teacher_episodes": 2, "snapshot_every": 7, "clusters": 6}
+    folder = teacher("s3rl_sac")
+    sac.take_snapshots(SimpleNamespace(env_id="Pendulum-v1", teacher=folder, **plan))
+    env = make_env("Pendulum-v1")
+    agent = sac.Agent(env.observation_space, env.action_space)
+    load_teacher(folder, "Pendulum-v1", agent)
+    act, generator, inputs, means = sac.numpy_policy(agent), np.random.default_rng(20_003), [], []
+    for episode in range(2):
+        obs, _ = env.reset(seed=20_003 + episode)
+        for _ in range(200):
+            action = act(obs, generator.standard_normal(1))
+            inputs.append(np.concatenate([obs, action]))
+            means.append(np.concatenate([obs, act(obs, 0.0)]))
+            obs, *_ = env.step(action)
+    with torch.no_grad():
+        values, others = (
+            agent.critic(torch.from_numpy(np.array(x[::7], np.float32)))[0].numpy()
+            for x in (inputs, means)
+        )
+    ((given, clusters),) = seen
+    assert clusters == 6 and len(given) == 58
+    np.testing.assert_allclose(given, values, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(given, others, rtol=1e-4, atol=1e-5)
 
 
 @every_script
@@ -310,6 +340,12 @@ def test_without_a_first_phase_it_is_the_parent(script, tmp_path):
     assert a.keys() == b.keys()
     assert not [name for name in a if not same(a[name], b[name])]
     assert rows(mine) == rows(tmp_path / "parent")
+    for mode in (True, False):
+        returns = [
+            module(name).evaluate(checkpoints(path)[-1], 3, mode)
+            for name, path in ((script, mine), (PARENTS[script], tmp_path / "parent"))
+        ]
+        np.testing.assert_array_equal(*returns)
 
 
 @every_script
