@@ -600,10 +600,11 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 
-def sum_over_processes(tensor):
+def mean_over_processes(tensor):
     """In place; takes no time where there is one process."""
     if dist.get_world_size() > 1:
         dist.all_reduce(tensor)
+        tensor.div_(dist.get_world_size())
     return tensor
 
 
@@ -658,7 +659,7 @@ def update(flat, optimizers, gradients, batch, noise, actor_due, args):
 
     def descend(name, *inputs):
         metrics.update(gradients[name](*inputs))
-        sum_over_processes(flat[name].grad).div_(dist.get_world_size())
+        mean_over_processes(flat[name].grad)
         optimizers[name].step()
 
     metrics = {}
@@ -770,7 +771,7 @@ def main(args):
             episode = {f"charts/{kind}_return": episodic_return, f"charts/{kind}_length": length}
             log.add(step, episode)
         if metrics:  # there was an update
-            means = sum_over_processes(torch.stack(list(metrics.values()))) / world_size
+            means = mean_over_processes(torch.stack(list(metrics.values())))
             metrics = dict(zip((f"losses/{name}" for name in metrics), means.tolist(), strict=True))
         metrics["charts/SPS"] = (global_step - start_step) / (time.monotonic() - started)
         log.add(global_step, metrics)

@@ -608,10 +608,11 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 
-def sum_over_processes(tensor):
+def mean_over_processes(tensor):
     """In place; takes no time where there is one process."""
     if dist.get_world_size() > 1:
         dist.all_reduce(tensor)
+        tensor.div_(dist.get_world_size())
     return tensor
 
 
@@ -668,7 +669,7 @@ def update(flat, optimizers, gradients, batches, noise, args):
 
     def step(*names):
         for name in names:
-            sum_over_processes(flat[name].grad).div_(dist.get_world_size())
+            mean_over_processes(flat[name].grad)
             optimizers[name].step()
 
     metrics = gradients["grader"](batches, noise[:1])
@@ -774,7 +775,7 @@ def main(args):
             episode = {"charts/episodic_return": episodic_return, "charts/episodic_length": length}
             log.add(step, episode)
         metrics["alpha"] = agent.log_alpha.detach().exp()
-        means = sum_over_processes(torch.stack(list(metrics.values()))) / world_size
+        means = mean_over_processes(torch.stack(list(metrics.values())))
         metrics = dict(zip((f"losses/{name}" for name in metrics), means.tolist(), strict=True))
         metrics["charts/SPS"] = (global_step - start_step) / (time.monotonic() - started)
         log.add(global_step, metrics)

@@ -563,10 +563,11 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 
-def sum_over_processes(tensor):
+def mean_over_processes(tensor):
     """In place; takes no time where there is one process."""
     if dist.get_world_size() > 1:
         dist.all_reduce(tensor)
+        tensor.div_(dist.get_world_size())
     return tensor
 
 
@@ -623,7 +624,7 @@ def update(flat, optimizers, gradients, batch, noise, actor_due, args):
 
     def descend(name, *inputs):
         metrics.update(gradients[name](*inputs))
-        sum_over_processes(flat[name].grad).div_(dist.get_world_size())
+        mean_over_processes(flat[name].grad)
         optimizers[name].step()
 
     metrics = {}
@@ -745,7 +746,7 @@ def main(args):
             episode = {"charts/episodic_return": episodic_return, "charts/episodic_length": length}
             log.add(step, episode)
         if metrics:  # there was an update
-            means = sum_over_processes(torch.stack(list(metrics.values()))) / world_size
+            means = mean_over_processes(torch.stack(list(metrics.values())))
             metrics = dict(zip((f"losses/{name}" for name in metrics), means.tolist(), strict=True))
         metrics["charts/SPS"] = (global_step - start_step) / (time.monotonic() - started)
         log.add(global_step, metrics)
