@@ -655,9 +655,8 @@ def update(paper: str | None = None, updates: int = 10, threads: int = 1) -> Non
             if run.script in seen or flags is None or run.teacher:  # whose update is its parent's
                 continue
             seen.add(run.script)
-            flags = [
-                flag for flag in flags if flag != "--compile"
-            ]  # operators could not be counted
+            # operators of a compiled update could not be counted
+            flags = [flag for flag in flags if flag != "--compile"]
             envs = ["--env-id", run.envs[0]] if run.envs else []
             script = str(ROOT / "algos" / f"{run.script}.py")
             with tempfile.TemporaryDirectory() as folder:

@@ -55,6 +55,23 @@ S3RL_BAD = {
     "--total-timesteps 1": "--total-timesteps 1",
     "--device cuda": "--device cpu",
 }
+
+
+def s3rl_case(parent: str, bad: dict[str, str]) -> Case:
+    """Of S3RL with an off-policy parent; bad: what only this one refuses."""
+    return Case(
+        smoke="--env-id Hopper-v5 --num-envs 2 --batch-size 16 --learning-starts 100 "
+        "--log-every 10 --total-timesteps 800 --buffer-size 500 --eval-every 300 "
+        "--eval-episodes 2 " + S3RL.format(parent, 400),
+        changed="--truncation 30",
+        learning="--env-id Pendulum-v1 --total-timesteps 8000 --learning-starts 1000 "
+        f"--teacher runs/tests/{parent}__Pendulum-v1 --snapshot-timesteps 2000",
+        score=("eval/deterministic_return", -250),  # that of the parent
+        prepare=f"tests.teacher {parent}",
+        bad=S3RL_BAD | {flag: flag for flag in ("--batch-size 0", "--buffer-size 1")} | bad,
+    )
+
+
 CASES = {
     "ppo": Case(
         smoke="--env-id CartPole-v1 --num-envs 4 --num-steps 64 --total-timesteps 8192 "
@@ -110,37 +127,8 @@ CASES = {
         score=("eval/deterministic_return", -250),
         bad=OFF_POLICY_BAD | {"--sequence-length 0": "--sequence-length 0"},
     ),
-    "s3rl_td3": Case(
-        smoke="--env-id Hopper-v5 --num-envs 2 --batch-size 16 --learning-starts 100 "
-        "--log-every 10 --total-timesteps 800 --buffer-size 500 --eval-every 300 "
-        "--eval-episodes 2 " + S3RL.format("td3_continuous_action", 400),
-        changed="--truncation 30",
-        learning="--env-id Pendulum-v1 --total-timesteps 8000 --learning-starts 1000 "
-        "--teacher runs/tests/td3_continuous_action__Pendulum-v1 --snapshot-timesteps 2000",
-        score=("eval/deterministic_return", -250),  # that of the parent
-        prepare="tests.teacher td3_continuous_action",
-        bad=S3RL_BAD
-        | {
-            "--batch-size 0": "--batch-size 0",
-            "--buffer-size 1": "--buffer-size 1",
-            "--policy-noise -1": "--policy-noise -1",
-        },
-    ),
-    "s3rl_sac": Case(
-        smoke="--env-id Hopper-v5 --num-envs 2 --batch-size 16 --learning-starts 100 "
-        "--log-every 10 --total-timesteps 800 --buffer-size 500 --eval-every 300 "
-        "--eval-episodes 2 " + S3RL.format("sac_continuous_action", 400),
-        changed="--truncation 30",
-        learning="--env-id Pendulum-v1 --total-timesteps 8000 --learning-starts 1000 "
-        "--teacher runs/tests/sac_continuous_action__Pendulum-v1 --snapshot-timesteps 2000",
-        score=("eval/deterministic_return", -250),  # that of the parent
-        prepare="tests.teacher sac_continuous_action",
-        bad=S3RL_BAD
-        | {
-            "--batch-size 0": "--batch-size 0",
-            "--buffer-size 1": "--buffer-size 1",
-        },
-    ),
+    "s3rl_td3": s3rl_case("td3_continuous_action", {"--policy-noise -1": "--policy-noise -1"}),
+    "s3rl_sac": s3rl_case("sac_continuous_action", {}),
     "s3rl_ppo": Case(
         smoke="--env-id Hopper-v5 --num-envs 2 --num-steps 64 --num-minibatches 4 "
         "--update-epochs 4 --total-timesteps 4096 --eval-every 12 --eval-episodes 2 "

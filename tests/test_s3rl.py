@@ -26,9 +26,10 @@ every_script = pytest.mark.parametrize(
     "script", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in PARENTS]
 )
 # flags of short runs on Pendulum-v1, whose episodes last 200 steps
+OFF_POLICY = "--learning-starts 100 --batch-size 16 --log-every 10"
 SHORT = {
-    "s3rl_td3": "--learning-starts 100 --batch-size 16 --log-every 10",
-    "s3rl_sac": "--learning-starts 100 --batch-size 16 --log-every 10",
+    "s3rl_td3": OFF_POLICY,
+    "s3rl_sac": OFF_POLICY,
     "s3rl_ppo": "--num-steps 40 --num-minibatches 2 --update-epochs 2",
 }
 IDS = "Ant-v5 HalfCheetah-v5 Hopper-v5 Humanoid-v5 Swimmer-v5 Walker2d-v5 Reacher-v5 "
