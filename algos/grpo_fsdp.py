@@ -177,6 +177,8 @@ class Args:
     """responses to each of them, the largest k of pass@k"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" takes CUDA where there is one"""
+    compile: bool = False
+    """compile forward and backward (needs a C++ compiler, takes half a minute, then saves time)"""
     run_dir: Path | None = None
     """where logs and checkpoints go; runs/ENV__SCRIPT__SEED if not given"""
     save_every: float = 600.0
@@ -194,8 +196,7 @@ class Args:
         least |= dict.fromkeys(("kl_coef", "max_refills", "overlong_penalty_tokens", "cache_gb"), 0)
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
-                what = f"--{name.replace('_', '-')} {getattr(self, name)}"
-                raise UserError(f"{what}: want {bound} or more")
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: want {bound}+")
         parts = int(os.environ.get("WORLD_SIZE", 1)) * self.num_minibatches
         if self.group_size < 2 or self.batch_size % self.group_size or self.batch_size % parts:
             what = f"--group-size {self.group_size} (2 or more), processes * minibatches ({parts})"
@@ -252,6 +253,8 @@ def shard(module: nn.Module, mesh, args: Args, frozen: bool = False) -> dict[str
                 if args.activation_checkpointing and not frozen:
                     layer = checkpoint_wrapper(layer)
                     setattr(parent, name, layer)
+                if args.compile:
+                    layer.compile(recompile_limit=32)  # sizes, models, passes vary
                 fully_shard(layer.to(dtype), **options)  # goes to its device here, one by one
     fully_shard(module.to(dtype), **options)  # with embedding and head, so that tied ones stay tied
     named = {n.replace("_checkpoint_wrapped_module.", ""): p for n, p in module.named_parameters()}
@@ -750,7 +753,6 @@ def main(args):
             break
         lr = args.learning_rate * min(1, (iteration + 1) / max(args.warmup_updates, 1))
         optimizer.param_groups[0]["lr"] = lr
-
         # 1. generate, 2. score: together, as dynamic sampling repeats them
         pool = [r for r in task.train if not args.curriculum or r["level"] == level]
         seed = args.seed + 100_003 * rank + 1_000_003 * (iteration + 1)

@@ -172,6 +172,8 @@ class Args:
     """responses to each of them, the largest k of pass@k"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" takes CUDA where there is one"""
+    compile: bool = False
+    """compile forward and backward (needs a C++ compiler, takes half a minute, then saves time)"""
     run_dir: Path | None = None
     """where logs and checkpoints go; runs/ENV__SCRIPT__SEED if not given"""
     save_every: float = 600.0
@@ -189,8 +191,7 @@ class Args:
         least |= {"temperature": 0.01, "max_grad_norm": 0.01, "cache_gb": 0}
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
-                what = f"--{name.replace('_', '-')} {getattr(self, name)}"
-                raise UserError(f"{what}: want {bound} or more")
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: want {bound}+")
         parts = int(os.environ.get("WORLD_SIZE", 1)) * self.num_minibatches
         if self.batch_size % self.group_size or self.batch_size % parts:
             what = f"--group-size {self.group_size} and processes * minibatches ({parts})"
@@ -249,6 +250,8 @@ def shard(module: nn.Module, mesh, args: Args, frozen: bool = False) -> dict[str
                 if args.activation_checkpointing and not frozen:
                     layer = checkpoint_wrapper(layer)
                     setattr(parent, name, layer)
+                if args.compile:
+                    layer.compile(recompile_limit=32)  # sizes, models, passes vary
                 fully_shard(layer.to(dtype), **options)  # goes to its device here, one by one
     fully_shard(module.to(dtype), **options)  # with embedding and head, so that tied ones stay tied
     named = {n.replace("_checkpoint_wrapped_module.", ""): p for n, p in module.named_parameters()}

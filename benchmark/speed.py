@@ -474,6 +474,7 @@ def td3(
 PARTS = ("generate", "score", "update")
 RESPONSES, GROUP, RESPONSE_LENGTH, PROMPT_LENGTH = 64, 8, 64, 10  # of a step; tokens at most
 WARM_UP_STEPS = 2
+WARM_UP_STEPS_COMPILED = 6  # a graph is compiled again when a size changes for the first time
 
 
 def answer_share(prompts, completions, answer, **columns):
@@ -535,10 +536,10 @@ def grpo_flags(steps: int, micro_batch: int) -> list[str]:
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
-def per_token(steps: dict[str, list[float]]) -> dict[str, float]:
+def per_token(steps: dict[str, list[float]], warm_up: int) -> dict[str, float]:
     """Seconds of a completion token, and those of its parts, without the steps for warm-up."""
-    tokens = sum(steps["tokens"][WARM_UP_STEPS:])
-    return {name: sum(steps[name][WARM_UP_STEPS:]) / tokens for name in ("seconds", *PARTS)}
+    tokens = sum(steps["tokens"][warm_up:])
+    return {name: sum(steps[name][warm_up:]) / tokens for name in ("seconds", *PARTS)}
 
 
 def logged_steps(run_dir: Path) -> dict[str, list[float]]:
@@ -563,12 +564,14 @@ def grpo(
     micro_batch: int = 8,
     peer_micro_batch: int = 64,
     bf16: bool = False,
+    compile: bool = False,
 ) -> None:
     """Seconds of a completion token and peak memory of grpo_fsdp.py against TRL's GRPOTrainer.
 
     A Llama of 6 layers and width 256 with random weights and one token a character, 8 prompts a
     step, 8 responses of at most 64 tokens to each, one update on them. A step is all of it: sample,
-    score, update and log; the first two of each run are warm-up. Memory is that of the process.
+    score, update and log; the first two of each run (six with --compile) are warm-up. Memory is
+    that of the process.
 
     Args:
         peer: GRPOTrainer of TRL (`make peers`).
@@ -578,19 +581,21 @@ def grpo(
         micro_batch: Responses in one forward and backward pass of ours.
         peer_micro_batch: The same, of the peer; 64 is its fastest, 16 as fast with less memory.
         bf16: Both compute in bfloat16, with weights and optimizer in float32.
+        compile: Both run with torch.compile.
     """
-    if steps < WARM_UP_STEPS + 2:
-        raise UserError(f"--steps {steps}: at least {WARM_UP_STEPS + 2}, as two are warm-up")
+    warm_up = WARM_UP_STEPS_COMPILED if compile else WARM_UP_STEPS
+    if steps < warm_up + 2:
+        raise UserError(f"--steps {steps}: at least {warm_up + 2}, as {warm_up} are warm-up")
     for flag, rows in (("micro-batch", micro_batch), ("peer-micro-batch", peer_micro_batch)):
         if rows < 1 or RESPONSES % rows:
             raise UserError(f"--{flag} {rows}: want a divisor of {RESPONSES}")
     python, inputs = peers_python(), ["--model", "model", "--data", "prompts.jsonl"]
     inputs += ["--reward", "reward.py:answer_share"]
     ours = [str(ROOT / "algos" / "grpo_fsdp.py"), *inputs, *grpo_flags(steps, micro_batch)]
-    ours += ["--bf16"] * bf16
+    switches = ["--bf16"] * bf16 + ["--compile"] * compile
     theirs = [str(PEERS / "trl_grpo.py"), *inputs, "--steps", str(steps)]
     theirs += ["--threads", str(threads), "--micro-batch", str(peer_micro_batch)]
-    theirs += ["--bf16"] * bf16
+    ours, theirs = ours + switches, theirs + switches
     transformers_logging.disable_progress_bar()  # of writing the model
     costs, peaks, lengths = ({"ours": [], peer: []} for _ in range(3))
     for _ in range(pairs):
@@ -602,13 +607,13 @@ def grpo(
             out, peak = run_script(theirs, folder, python, threads)
             runs[peer] = json.loads(out.splitlines()[-1]) | {"memory": peak}
         for side, run in runs.items():
-            costs[side].append(per_token(run))
+            costs[side].append(per_token(run, warm_up))
             peaks[side].append(run["memory"])
-            lengths[side] += run["tokens"][WARM_UP_STEPS:]
+            lengths[side] += run["tokens"][warm_up:]
         rates = {side: 1 / found[-1]["seconds"] for side, found in costs.items()}
         print("  ".join(f"{side} {rate:.0f} tokens/s" for side, rate in rates.items()), flush=True)
 
-    kind = "bfloat16" if bf16 else "float32"
+    kind = ("bfloat16" if bf16 else "float32") + ", compiled" * compile
     ratios = [b["seconds"] / a["seconds"] for a, b in zip(*costs.values(), strict=True)]
     memory = [b / a for a, b in zip(*peaks.values(), strict=True)]
     print(

@@ -3,8 +3,8 @@
 Its backward pass has a fixed cost for each head of each row. Forward and backward of 32 rows of 74
 columns with 8 heads of width 32 take 77 ms on one thread, and 14 ms as two matrix products around a
 softmax. At 229 columns it is 102 against 66 ms (16 rows, 4 heads of 256), and at 512 the fused
-kernel is ahead. In float32 it has no such cost. The products keep six bytes for each score until
-the backward pass: for a token of a row of 256 columns 1.6 kB for each head and layer.
+kernel is ahead. In float32 it has no such cost. The products keep two bytes for each score until
+the backward pass: for a token of a row of 256 columns 0.5 kB for each head and layer.
 (file: benchmark/results/speed.jsonl)
 """
 
@@ -24,8 +24,8 @@ def attention(
     """What transformers' sdpa_attention_forward does: (B, H, t, E), (B, H_kv, L, E) twice.
 
     attention_mask: broadcast to (B, H, t, L), additive or bool (True: attend); None: causal. A row
-    that may attend to nothing is undefined. Returns (B, t, H, E). Scores are float32 in the softmax
-    only, as in transformers' own eager attention.
+    that may attend to nothing is undefined. Returns (B, t, H, E). Scores are float32 inside the
+    softmax only.
 
     PITFALL: whether there will be a backward pass must not matter, or log-probabilities that were
     computed before an update are not those of the update, and the first ratio is not 1.
@@ -49,8 +49,8 @@ def attention(
             scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
         else:
             scores = scores + attention_mask
-    weights = scores.softmax(3, dtype=torch.float32).to(value.dtype)
-    return (weights @ value).transpose(1, 2).contiguous(), None
+    # float32 inside, rounded at its end: saving float32 for the backward pass takes longer
+    return (scores.softmax(3) @ value).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, attention)

@@ -24,8 +24,8 @@ MAY_IMPORT = {
     "envs": {"envs"},
     "benchmark": {"benchmark", "rlhf", "envs"},
 }
-EVERYWHERE = "seed device run_dir save_every resume eval_every track".split()
-WITH_ENVIRONMENTS = "env_id total_timesteps compile eval_episodes capture_video".split()
+EVERYWHERE = "seed device compile run_dir save_every resume eval_every track".split()
+WITH_ENVIRONMENTS = "env_id total_timesteps eval_episodes capture_video".split()
 SAME_DEFAULT = (
     "seed device compile run_dir save_every resume eval_every capture_video track".split()
 )

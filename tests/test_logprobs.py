@@ -16,7 +16,14 @@ from transformers import (
 )
 
 from rlhf import UserError
-from rlhf.logprobs import check_head, completion_logprobs, lm_head, slice_size, token_logprobs
+from rlhf.logprobs import (
+    check_head,
+    completion_logprobs,
+    lm_head,
+    share_rows,
+    slice_size,
+    token_logprobs,
+)
 
 SIZES = dict(
     vocab_size=97,
@@ -162,16 +169,22 @@ def test_wrong_input_is_one_line():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_models(name):
-    """Ragged right-padded rows: values and all parameter gradients equal the full-logit pass."""
+    """Ragged right-padded rows: values and all parameter gradients equal the full-logit pass.
+
+    The last two share a row, but for GPT-2, whose positions are learned.
+    """
     model = build(CONFIGS[name])
     check_head(model)
-    lengths, prompts, columns = [9, 4, 7], [3, 1, 6], 9
+    lengths, prompts, columns = [9, 4, 5], [3, 1, 4], 9
     ids = torch.full((3, columns), -100)  # the pad is no id of the model
     scored = torch.zeros(3, columns, dtype=torch.bool)
     generator = torch.Generator().manual_seed(2)
     for i, (n, p) in enumerate(zip(lengths, prompts, strict=True)):
         ids[i, :n] = torch.randint(97, (n,), generator=generator)
         scored[i, p:n] = True
+    assert share_rows(model.base_model, ids, scored)[0].shape == (
+        (3, 9) if name == "gpt2" else (2, 8)
+    )
     got, entropy = completion_logprobs(model, ids, scored, temperature=0.8)
     assert (got[~scored] == 0).all() and (entropy[~scored] == 0).all()
     (got.sum() + 0.1 * entropy.sum()).backward()
@@ -190,6 +203,38 @@ def test_models(name):
     assert grads.keys() == wanted.keys() and len(grads) > 5
     for key in wanted:
         torch.testing.assert_close(grads[key], wanted[key], rtol=1e-3, atol=1e-3, msg=key)
+
+
+def test_sequences_that_share_rows_are_those_alone():
+    """Every place of every sequence, random lengths, and no more rows than first-fit needs."""
+    model, generator = build(CONFIGS["gemma3"]), torch.Generator().manual_seed(1)
+    ids = torch.randint(97, (40, 20), generator=generator)
+    first = torch.randint(1, 5, (40, 1), generator=generator)
+    last = first + torch.randint(1, 16, (40, 1), generator=generator)
+    columns = torch.arange(20)
+    scored = (columns >= first) & (columns < last)
+    scored[5] = False  # a row without any is a sequence of one token
+    packed, place, options = share_rows(model.model, ids, scored)
+    ends = (last - 1).clamp(min=1)[:, 0].tolist()
+    ends[5] = 1
+    assert packed.shape[1] == max(ends) and len(packed) < 1.1 * sum(ends) / max(ends) + 1
+    taken = [int(place[i, t]) for i, end in enumerate(ends) for t in range(end)]
+    assert len(set(taken)) == len(taken)
+    for i, end in enumerate(ends):
+        assert torch.equal(packed.flatten()[place[i, :end]], ids[i, :end])
+        assert torch.equal(options["position_ids"].flatten()[place[i, :end]], columns[:end])
+    together, _ = completion_logprobs(model, ids, scored)
+    alone = [completion_logprobs(model, ids[i : i + 1], scored[i : i + 1])[0] for i in range(40)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_whose_sequences_see_each_other_is_refused(monkeypatch):
+    """As one would be that does not make its mask from position_ids."""
+    model = build(CONFIGS["llama"])
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda position_ids=None, **kw: forward(**kw))
+    with pytest.raises(UserError, match="attend to each other"):
+        check_head(model)
 
 
 def test_head_bias_and_softcap_reach_the_scorer():

@@ -4,6 +4,7 @@ import atexit
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -287,6 +288,24 @@ def test_activation_checkpointing_changes_nothing():
     assert plain.keys() == recomputed.keys()
     for name, value in plain.items():
         torch.testing.assert_close(recomputed[name], value, atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_compiled_update_is_the_eager_one(family):
+    """Layers are compiled a few times for all sizes, not for each size; recomputed ones too."""
+    eager, expected, _ = run_update({"micro_batch_tokens": 40}, family=family)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    flags = {"micro_batch_tokens": 40, "activation_checkpointing": True, "compile": True}
+    compiled, metrics, _ = run_update(flags, family=family)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"] and not counters["recompile_limit"]
+    assert eager.keys() == compiled.keys()
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, atol=1e-5, rtol=1e-4, msg=name)
+    assert metrics == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
 def test_offloaded_reference_gives_the_same_values():

@@ -87,6 +87,7 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--micro-batch", type=int, default=64)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
@@ -114,6 +115,7 @@ if __name__ == "__main__":
             cache_implementation=cache,
             use_cpu=True,
             bf16=args.bf16,
+            torch_compile=args.compile,
             gradient_checkpointing=False,
             model_init_kwargs={"dtype": "float32", "attn_implementation": attention},
             save_strategy="no",
