@@ -1077,7 +1077,7 @@ def test_reward_of_speed_grpo():
 
 def test_cost_of_a_token_without_warm_up():
     parts = {part: [9.0, 9.0, 1.0, 0.5] for part in speed.PARTS}
-    found = speed.per_token(parts | {"seconds": [9.0, 9.0, 3.0, 2.0], "tokens": [1, 1, 6, 4]})
+    found = speed.per_token(parts | {"seconds": [9.0, 9.0, 3.0, 2.0], "tokens": [1, 1, 6, 4]}, 2)
     assert found == {"seconds": 0.5} | dict.fromkeys(speed.PARTS, 0.15)
 
 
