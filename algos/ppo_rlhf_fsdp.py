@@ -244,7 +244,7 @@ def shard(module: nn.Module, mesh, args: Args, frozen: bool = False) -> dict[str
                     layer = checkpoint_wrapper(layer)
                     setattr(parent, name, layer)
                 if args.compile and not isinstance(layer, Critic):
-                    layer.compile(recompile_limit=32)  # sizes, models, passes vary
+                    layer.compile(recompile_limit=128)  # sizes, models, passes vary
                 fully_shard(layer.to(dtype), **options)  # goes to its device here, one by one
     fully_shard(module.to(dtype), **options)  # with embedding and head, so that tied ones stay tied
     return {n.replace("_checkpoint_wrapped_module.", ""): p for n, p in module.named_parameters()}

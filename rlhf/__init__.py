@@ -9,10 +9,14 @@ class UserError(Exception):
 
 
 def report_user_error(kind, error, traceback) -> None:
-    """sys.excepthook: bad input or a full disk is one line, everything else keeps its traceback."""
+    """sys.excepthook: bad input, a full disk or no compiler is one line, the rest a traceback."""
     if issubclass(kind, UserError):
         print(f"error: {error}", file=sys.stderr)
     elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
         print("error: the disk is full: free some space, --resume auto goes on", file=sys.stderr)
+    elif "InvalidCxxCompiler" in str(error):  # torch._inductor wraps it
+        print(
+            "error: --compile: no C++ compiler here: install g++, or leave it out", file=sys.stderr
+        )
     else:
         sys.__excepthook__(kind, error, traceback)

@@ -2,9 +2,9 @@
 
 Its backward pass has a fixed cost for each head of each row. Forward and backward of 32 rows of 74
 columns with 8 heads of width 32 take 77 ms on one thread, and 14 ms as two matrix products around a
-softmax. At 229 columns it is 102 against 66 ms (16 rows, 4 heads of 256), and at 512 the fused
-kernel is ahead. In float32 it has no such cost. The products keep two bytes for each score until
-the backward pass: for a token of a row of 256 columns 0.5 kB for each head and layer.
+softmax, then in float32. At 229 columns it is 102 against 66 ms (16 rows, 4 heads of 256), and at
+512 the fused kernel is ahead. In float32 it has no such cost. The products keep two bytes for each
+score until the backward pass: for a token of a row of 256 columns 0.5 kB for each head and layer.
 (file: benchmark/results/speed.jsonl)
 """
 

@@ -22,6 +22,8 @@ from rlhf import UserError
 
 SLICE_BYTES = 48 * 2**20  # all temporaries of one slice together: about three (N, slice) arrays
 MIN_SLICE = 512  # narrower matrix products leave the machine idle
+# Decoders whose mask starts again where position_ids do; Falcon and GPT-OSS would ignore them
+SHARING = {f"{name}Model" for name in "Llama Mistral Qwen2 Qwen3 Gemma Gemma2 Gemma3Text".split()}
 
 
 def float_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None):
@@ -208,14 +210,12 @@ def share_rows(decoder: nn.Module, ids: Tensor, positions: Tensor) -> tuple[Tens
     ids, positions: (B, L), see completion_logprobs. Returns ids (R, W), the place (B, L) in their
     flat view of each column that matters, and further arguments of the decoder. A sequence ends in
     front of its last scored token, since nothing reads the hidden state there; the longest sets W,
-    the others go by first-fit decreasing. Rotary models of transformers let no sequence attend to
-    another where position_ids start again; others, and GPUs, keep a row for each sequence.
+    the others go by first-fit decreasing. Sharing makes attention dearer, by a mask: rows of more
+    than 256 columns keep to themselves, and all do where less than a tenth of the rows is saved.
     """
     columns = torch.arange(ids.shape[1], device=ids.device)
-    kinds = set(getattr(decoder.config, "layer_types", None) or ())
-    rotary = hasattr(decoder, "rotary_emb") and kinds <= {"sliding_attention", "full_attention"}
     known = type(decoder).__module__.startswith("transformers.models.")
-    if not (ids.is_cpu and rotary and known):
+    if not (ids.is_cpu and known and type(decoder).__name__ in SHARING):
         return ids, torch.arange(ids.numel(), device=ids.device).view_as(ids), {}
     ends = (positions * columns).amax(1).clamp(min=1)
     lengths, width = ends.tolist(), int(ends.max())
@@ -225,7 +225,7 @@ def share_rows(decoder: nn.Module, ids: Tensor, positions: Tensor) -> tuple[Tens
         free += [width] * (row == len(free))
         start[i] = (row + 1) * width - free[row]
         free[row] -= lengths[i]
-    if len(free) == len(lengths):
+    if width > 256 or len(free) > 0.9 * len(lengths):
         return ids[:, :width], torch.arange(len(lengths))[:, None] * width + columns, {}
     place, inside = torch.tensor(start)[:, None] + columns, columns < ends[:, None]
     packed = torch.zeros(2, len(free) * width, dtype=ids.dtype)

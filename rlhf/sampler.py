@@ -106,6 +106,7 @@ def sampling_weights(decoder: nn.Module):
     onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     kinds = (nn.Linear, torch.bfloat16, True)
     packed = [m for m in linears if (type(m), m.weight.dtype, onednn) == kinds]
+    packed = [m for m in packed if "forward" not in vars(m)]  # somebody else's stays
     originals = [(w, w.data) for w in {m.weight for m in linears if m not in packed}]
     try:
         for weight, data in originals:

@@ -5,6 +5,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -226,6 +227,23 @@ def test_sequences_that_share_rows_are_those_alone():
     together, _ = completion_logprobs(model, ids, scored)
     alone = [completion_logprobs(model, ids[i : i + 1], scored[i : i + 1])[0] for i in range(40)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_no_sharing_where_it_costs_more_than_it_saves():
+    """Few rows saved, wide rows, and a decoder whose mask does not follow position_ids."""
+    model = build(CONFIGS["llama"]).model
+
+    def rows(decoder, ends):
+        columns = torch.arange(max(ends) + 1)
+        scored = columns == torch.tensor(ends)[:, None]
+        return share_rows(decoder, torch.zeros_like(scored, dtype=torch.int64), scored)[0].shape[0]
+
+    assert rows(model, [9, 4, 5]) == 2
+    assert rows(model, [9] * 18 + [4, 5]) == 20
+    assert rows(model, [300, 4, 5]) == 3
+    falcon = FalconConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    assert rows(build(falcon).transformer, [9, 4, 5]) == 3
+    check_head(build(falcon))
 
 
 def test_a_model_whose_sequences_see_each_other_is_refused(monkeypatch):

@@ -291,17 +291,15 @@ def test_activation_checkpointing_changes_nothing():
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_compiled_update_is_the_eager_one(family):
-    """Layers are compiled a few times for all sizes, not for each size; recomputed ones too."""
-    eager, expected, _ = run_update({"micro_batch_tokens": 40}, family=family)
+def test_compiled_update_is_the_eager_one(monkeypatch):
+    """Layers of two types, recomputed ones too; no size falls back to eager code."""
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    eager, expected, _ = run_update({"micro_batch_tokens": 40}, family="gemma3")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     flags = {"micro_batch_tokens": 40, "activation_checkpointing": True, "compile": True}
-    compiled, metrics, _ = run_update(flags, family=family)
-    counters = torch._dynamo.utils.counters
-    assert counters["stats"]["unique_graphs"] > 0
-    assert not counters["graph_break"] and not counters["recompile_limit"]
+    compiled, metrics, _ = run_update(flags, family="gemma3")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert eager.keys() == compiled.keys()
     for name, value in eager.items():
         torch.testing.assert_close(compiled[name], value, atol=1e-5, rtol=1e-4, msg=name)
