@@ -1,6 +1,7 @@
 """The house rules of design.md, sections 1 and 2: layout, docstrings, copies, flags, style."""
 
 import ast
+import errno
 import itertools
 import re
 import shutil
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import envs
+import rlhf
 from benchmark.gpu_check import FLAGS
 from benchmark.papers import load, names
 from benchmark.sync import blocks, differing, diverges
@@ -292,3 +295,17 @@ def test_ruff(command):
 @every_script
 def test_gpu_check_has_flags(script):
     assert Path(script).stem in FLAGS
+
+
+@pytest.mark.parametrize("package", [envs, rlhf], ids=["envs", "rlhf"])
+def test_what_the_machine_lacks_is_one_line(package, capsys):
+    """A full disk, and no compiler for --compile; anything else keeps its traceback."""
+    for error, words in (
+        (OSError(errno.ENOSPC, "No space left on device"), "--resume auto goes on"),
+        (RuntimeError("InvalidCxxCompiler: No working C++ compiler\nfound"), "install g++"),
+    ):
+        package.report_user_error(type(error), error, None)
+        shown = capsys.readouterr().err
+        assert words in shown and shown.count("\n") == 1
+    package.report_user_error(RuntimeError, RuntimeError("other"), None)
+    assert "RuntimeError: other" in capsys.readouterr().err
