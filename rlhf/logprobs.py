@@ -243,8 +243,8 @@ def completion_logprobs(
     input_ids (B, L) int64, each row [prompt][completion][pads]; positions (B, L) bool selects the
     tokens to score; the token in column p is predicted by the hidden state of column p - 1.
     Causal attention makes pads on the right harmless, and nothing behind the decoder is computed
-    for prompts and pads. Pads may be any id, even one the model
-    does not have. A rank without any position still gets a graph (with zero gradients).
+    for prompts and pads. Pads may be any id, even one the model does not have. A rank
+    without any position still gets a graph (with zero gradients).
     """
     head = lm_head(model)
     unknown = (input_ids < 0) | (input_ids >= head.weight.shape[0])
