@@ -12,6 +12,7 @@ the backward pass recomputes z slice by slice. With 262144 words, 2048 tokens wo
 Letters: B sequences, L columns, N scored tokens, D width of the model, V vocabulary.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from rlhf import UserError
 
 SLICE_BYTES = 48 * 2**20  # all temporaries of one slice together: about three (N, slice) arrays
 MIN_SLICE = 512  # narrower matrix products leave the machine idle
+SHARING_COLUMNS = 256  # rows that are wider do not share: attention would cost more than it saves
 # Decoders whose mask starts again where position_ids do; Falcon and GPT-OSS would ignore them
 SHARING = {f"{name}Model" for name in "Llama Mistral Qwen2 Qwen3 Gemma Gemma2 Gemma3Text".split()}
 
@@ -158,6 +160,12 @@ class Head(NamedTuple):
     softcap: float | None
 
 
+def is_transformers(module: nn.Module, names: Collection[str]) -> bool:
+    """Whether a module is of one of these classes of transformers, and not remote code."""
+    kind = type(module)
+    return kind.__module__.startswith("transformers.models.") and kind.__name__ in names
+
+
 def lm_head(model: nn.Module) -> Head:
     """Decoder, LM head and soft cap of any Hugging Face causal LM.
 
@@ -214,19 +222,21 @@ def share_rows(decoder: nn.Module, ids: Tensor, positions: Tensor) -> tuple[Tens
     than 256 columns keep to themselves, and all do where less than a tenth of the rows is saved.
     """
     columns = torch.arange(ids.shape[1], device=ids.device)
-    known = type(decoder).__module__.startswith("transformers.models.")
-    if not (ids.is_cpu and known and type(decoder).__name__ in SHARING):
+    if not (ids.is_cpu and is_transformers(decoder, SHARING)):
         return ids, torch.arange(ids.numel(), device=ids.device).view_as(ids), {}
     ends = (positions * columns).amax(1).clamp(min=1)
     lengths, width = ends.tolist(), int(ends.max())
+    alone = ids[:, :width], torch.arange(len(lengths))[:, None] * width + columns, {}
+    if width > SHARING_COLUMNS:
+        return alone
     free, start = [], [0] * len(lengths)  # columns of each row; place of each sequence
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         row = next((r for r, room in enumerate(free) if room >= lengths[i]), len(free))
         free += [width] * (row == len(free))
         start[i] = (row + 1) * width - free[row]
         free[row] -= lengths[i]
-    if width > 256 or len(free) > 0.9 * len(lengths):
-        return ids[:, :width], torch.arange(len(lengths))[:, None] * width + columns, {}
+    if len(free) > 0.9 * len(lengths):
+        return alone
     place, inside = torch.tensor(start)[:, None] + columns, columns < ends[:, None]
     packed = torch.zeros(2, len(free) * width, dtype=ids.dtype)
     packed[0, place[inside]] = ids[inside]

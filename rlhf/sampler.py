@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from rlhf import UserError
-from rlhf.logprobs import Head, float_logits, lm_head
+from rlhf.logprobs import Head, float_logits, is_transformers, lm_head
 
 PREFILL_TOKENS = 8192  # most tokens, pads included, of one forward over prompts
 
@@ -104,9 +104,12 @@ def sampling_weights(decoder: nn.Module):
     """
     linears = [m for m in decoder.modules() if isinstance(m, nn.Linear) and m.weight.is_cpu]
     onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    kinds = (nn.Linear, torch.bfloat16, True)
-    packed = [m for m in linears if (type(m), m.weight.dtype, onednn) == kinds]
-    packed = [m for m in packed if "forward" not in vars(m)]  # somebody else's stays
+    packed = [
+        m
+        for m in linears
+        if onednn and type(m) is nn.Linear and m.weight.dtype == torch.bfloat16
+        if "forward" not in vars(m)  # somebody else's stays
+    ]
     originals = [(w, w.data) for w in {m.weight for m in linears if m not in packed}]
     try:
         for weight, data in originals:
@@ -201,10 +204,8 @@ def plain_step(decoder, cache: SlotCache, tokens: Tensor, columns: Tensor, width
 
 def llama_like(decoder: nn.Module) -> bool:
     """Whether llama_step does what the forward methods of this decoder and its layers do."""
-    kind = type(decoder)
     return (
-        kind.__name__ in ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
-        and kind.__module__.startswith("transformers.models.")
+        is_transformers(decoder, ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"))
         and getattr(decoder.config, "sliding_window", None) is None
         # elsewhere a few large kernels are better than many small ones
         and decoder.device.type == "cpu"

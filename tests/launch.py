@@ -4,12 +4,14 @@ import csv
 import hashlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -17,6 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
 # The exact contracts hold on the CPU; one thread a process, since tests run side by side.
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+# PyTorch compiles for a CPU with the machine's own compiler, which no pin can install
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("c++"), reason="--compile needs a C++ compiler"
+)
 TIMES = (
     "charts/SPS",
     "charts/tokens_per_second",

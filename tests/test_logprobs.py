@@ -168,24 +168,24 @@ def test_wrong_input_is_one_line():
         token_logprobs(hidden, weight, tokens[:-1])
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_models(name):
+def test_models(name, shared):
     """Ragged right-padded rows: values and all parameter gradients equal the full-logit pass.
 
-    The last two share a row, but for GPT-2, whose positions are learned.
+    shared: the last two fit into one row, but for GPT-2, whose positions are learned.
     """
     model = build(CONFIGS[name])
     check_head(model)
-    lengths, prompts, columns = [9, 4, 5], [3, 1, 4], 9
+    lengths, prompts, columns = [9, 4, 5 if shared else 7], [3, 1, 4 if shared else 6], 9
     ids = torch.full((3, columns), -100)  # the pad is no id of the model
     scored = torch.zeros(3, columns, dtype=torch.bool)
     generator = torch.Generator().manual_seed(2)
     for i, (n, p) in enumerate(zip(lengths, prompts, strict=True)):
         ids[i, :n] = torch.randint(97, (n,), generator=generator)
         scored[i, p:n] = True
-    assert share_rows(model.base_model, ids, scored)[0].shape == (
-        (3, 9) if name == "gpt2" else (2, 8)
-    )
+    shape = (3, 9) if name == "gpt2" else (2, 8) if shared else (3, 8)
+    assert share_rows(model.base_model, ids, scored)[0].shape == shape
     got, entropy = completion_logprobs(model, ids, scored, temperature=0.8)
     assert (got[~scored] == 0).all() and (entropy[~scored] == 0).all()
     (got.sum() + 0.1 * entropy.sum()).backward()

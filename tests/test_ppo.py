@@ -1,7 +1,6 @@
 """ppo.py and ppo_continuous_action.py: every formula against hand-computed numbers."""
 
 import importlib
-import shutil
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -14,7 +13,7 @@ from gymnasium.wrappers.utils import RunningMeanStd
 
 from envs import UserError
 from envs.make import make_env, make_vector_env
-from tests.launch import checkpoints, rows, run
+from tests.launch import checkpoints, needs_compiler, rows, run
 
 ppo = importlib.import_module("algos.ppo")
 continuous = importlib.import_module("algos.ppo_continuous_action")
@@ -574,7 +573,7 @@ def test_target_kl_leaves_early(module):
 
 
 @both
-@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
+@needs_compiler
 def test_compiled_gradient_is_the_eager_one(module, monkeypatch):
     flags = {"num_minibatches": 1, "update_epochs": 2}
     _, eager, expected, _ = updated(module, slice(None), **flags)

@@ -4,7 +4,6 @@ import atexit
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -28,7 +27,7 @@ from algos import ppo_rlhf_fsdp as script
 from rlhf.batches import micro_batches, response_batch
 from rlhf.logprobs import completion_logprobs
 from rlhf.sampler import Completions
-from tests.launch import ROOT
+from tests.launch import ROOT, needs_compiler
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 61}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -290,7 +289,7 @@ def test_activation_checkpointing_changes_nothing():
         torch.testing.assert_close(recomputed[name], value, atol=1e-6, rtol=1e-5, msg=name)
 
 
-@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
+@needs_compiler
 def test_compiled_update_is_the_eager_one(monkeypatch):
     """Layers of two types, recomputed ones too; no size falls back to eager code."""
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)

@@ -19,7 +19,7 @@ from torch.nn.functional import linear, mse_loss
 from envs import UserError
 from envs.episodes import make_episodes, play_episodes
 from envs.make import make_env, make_vector_env
-from tests.launch import checkpoints, rows, run
+from tests.launch import checkpoints, needs_compiler, rows, run
 
 sac = importlib.import_module("algos.sac_continuous_action")
 td3 = importlib.import_module("algos.td3_continuous_action")
@@ -438,7 +438,7 @@ def test_bf16_is_close(module):
 
 
 @both
-@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
+@needs_compiler
 def test_compiled_update_is_the_eager_one(module):
     eager, expected = updated(module)
     with torch._dynamo.config.patch(trace_autograd_ops=True):  # as main() does

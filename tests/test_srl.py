@@ -3,7 +3,6 @@
 import copy
 import importlib
 import math
-import shutil
 from functools import partial
 from types import SimpleNamespace
 
@@ -25,7 +24,7 @@ from envs.scores import (
     frequency_averaged_score,
     length_metrics,
 )
-from tests.launch import checkpoints, rows, run
+from tests.launch import checkpoints, needs_compiler, rows, run
 
 sac = importlib.import_module("algos.sac_continuous_action")
 srl = importlib.import_module("algos.srl")
@@ -522,7 +521,7 @@ def test_model_and_critics_learn_from_their_own_batches():
     assert not any(map(torch.equal, model, other))
 
 
-@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
+@needs_compiler
 def test_compiled_update_is_the_eager_one():
     eager, expected = updated()
     with torch._dynamo.config.patch(trace_autograd_ops=True):  # as main() does
