@@ -19,7 +19,7 @@ Advantages are divided by the std of the group, by 1 (none, Dr. GRPO) or by that
 rollout rho is 1, nothing is clipped, and the loss of eq. (4), sequence, is beta k3 by construction.
 
 Run:  torchrun --standalone --nproc_per_node 2 algos/grpo_fsdp.py
-      python algos/grpo_fsdp.py --advantage-scale none --loss-aggregation constant --kl-coef 0
+      python algos/grpo_fsdp.py --task countdown --dynamic-sampling --clip-coef-high 0.28
 
 Differs from the paper: scores of whole answers only; one outer iteration, so the reference stays;
     built-in rewards are rules, not a model; eps, not given there, is PPO's 0.2.
@@ -62,15 +62,16 @@ from transformers import set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python algos/grpo_fsdp.py`
 
-from rlhf import UserError, report_user_error
+from rlhf import RewardError, UserError, check_numbers, report_user_error
 from rlhf.batches import Response, micro_batches, response_batch, response_texts, split, stack
 from rlhf.evaluate import group_metrics, report, summarize_passes
 from rlhf.logprobs import check_head, completion_logprobs
 from rlhf.lora import choose_trained, merged
+from rlhf.processes import gather_lists, share
 from rlhf.reward_model import load_reward_model, reward_function
 from rlhf.sampler import generate
 from rlhf.sft import load_causal_lm
-from rlhf.tasks import load_prompts, pad_token_id, score_together, stop_token_ids
+from rlhf.tasks import default_run_dir, load_prompts, pad_token_id, score_together, stop_token_ids
 from rlhf.tiny_lm import warm_start
 from rlhf.verifiable import load_verifiable, next_level
 
@@ -178,9 +179,9 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" takes CUDA where there is one"""
     compile: bool = False
-    """compile forward and backward (needs a C++ compiler, takes half a minute, then saves time)"""
+    """compile forward and backward (needs a C++ compiler and up to two minutes, then saves time)"""
     run_dir: Path | None = None
-    """where logs and checkpoints go; runs/ENV__SCRIPT__SEED if not given"""
+    """where logs and checkpoints go; runs/(ENV or TASK)__SCRIPT__SEED if not given"""
     save_every: float = 600.0
     """seconds between checkpoints; 0 saves after every update"""
     resume: str | None = None
@@ -191,12 +192,14 @@ class Args:
     """mirror the logs to this tracker, if it is installed"""
 
     def __post_init__(self):
-        counts = "batch_size num_minibatches update_epochs eval_samples response_length lora_rank"
-        least = dict.fromkeys(counts.split(), 1) | {"temperature": 0.01, "max_grad_norm": 0.01}
-        least |= dict.fromkeys(("kl_coef", "max_refills", "overlong_penalty_tokens", "cache_gb"), 0)
-        for name, bound in least.items():
-            if not getattr(self, name) >= bound:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: want {bound}+")
+        counts = "batch_size num_minibatches update_epochs response_length lora_rank eval_prompts "
+        check_numbers(self, counts + "eval_samples", least=1)
+        check_numbers(self, "learning_rate clip_coef tis_cap reward_timeout", above=0)
+        check_numbers(self, "kl_coef clip_coef_high warmup_updates max_refills cache_gb", least=0)
+        check_numbers(self, "overlong_penalty_tokens", least=0, most="response_length")
+        check_numbers(self, "temperature max_grad_norm", least=0.01)
+        if not math.isfinite(self.success_score):
+            raise UserError(f"--success-score {self.success_score}: want a finite number")
         parts = int(os.environ.get("WORLD_SIZE", 1)) * self.num_minibatches
         if self.group_size < 2 or self.batch_size % self.group_size or self.batch_size % parts:
             what = f"--group-size {self.group_size} (2 or more), processes * minibatches ({parts})"
@@ -331,12 +334,6 @@ def prompt_batch(records: list[dict], place: int, count: int, seed: int) -> list
     n, places = len(records), range(place, place + count)
     orders = {e: np.random.default_rng([seed, e]).permutation(n) for e in {p // n for p in places}}
     return [records[orders[p // n][p % n]] for p in places]
-
-
-def share(items: list) -> list:
-    """The items of this process: neighbours, so that few groups lie on two processes."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    return items[rank * len(items) // world_size : (rank + 1) * len(items) // world_size]
 
 
 # ROLLOUT =========================================================================================
@@ -570,9 +567,10 @@ def find_checkpoint(run_dir, resume):
 
 
 def load_checkpoint(path, args):
-    """What this process saved. Raises UserError where it ran with other arguments."""
+    """What this process saved. Raises UserError where it ran with other arguments that matter."""
     state = torch.load(path / f"rank{dist.get_rank()}.pt", map_location="cpu", weights_only=True)
-    free = "device run_dir save_every resume eval_every eval_episodes capture_video track cache_gb"
+    free = "device compile run_dir save_every resume eval_every eval_episodes capture_video track "
+    free += "cache_gb micro_batch_tokens activation_checkpointing offload_frozen reward_timeout"
     for name, value in plain_args(args).items():
         if name not in free.split() and value != state["args"].get(name, value):
             raise UserError(f"--resume: {name} was {state['args'][name]}, now it is {value}")
@@ -657,13 +655,6 @@ def sum_over_processes(tensor):
     return tensor
 
 
-def gather_lists(items):
-    """The lists of all processes, joined in order of rank."""
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
-
-
 def update(policy, optimizer, batch, args) -> dict[str, float]:
     # diverges: counts of rows, and one model
     """Epochs of minibatch steps on the responses of this process. Returns what to log.
@@ -698,7 +689,7 @@ def main(args):
     torch.set_flush_denormal(True)  # Adam's moments decay to numbers that are slow to add
     name = args.model or warm_start(args.task, args.levels, args.task_config)
     rank, world_size, device = setup_process(args.device)
-    run_dir = args.run_dir or Path("runs") / f"{Path(__file__).stem}__{args.seed}"
+    run_dir = args.run_dir or default_run_dir(args, __file__)
     path = find_checkpoint(run_dir, args.resume)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     model, tokenizer = load_causal_lm(name, args.trust_remote_code, dtype)
@@ -756,7 +747,14 @@ def main(args):
         # 1. generate, 2. score: together, as dynamic sampling repeats them
         pool = [r for r in task.train if not args.curriculum or r["level"] == level]
         seed = args.seed + 100_003 * rank + 1_000_003 * (iteration + 1)
-        groups, sampled, place, seconds = sample_groups(actor, task, pool, place, seed, args)
+        rng = rng_state(device)  # a reward may draw numbers, and draws them again after --resume
+        try:
+            groups, sampled, place, seconds = sample_groups(actor, task, pool, place, seed, args)
+        except RewardError as error:  # on all processes: keep what was learned before this update
+            if int(path.name) < iteration * args.batch_size:
+                set_rng_state(rng, device)
+                path = checkpoint()
+            raise UserError(f"{error}; --resume auto continues from {path}") from error
         started = time.monotonic()
         # 3. KL, 4. advantages
         batch = group_batch(groups, args, device)

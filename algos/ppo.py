@@ -107,9 +107,9 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" takes CUDA where there is one"""
     compile: bool = False
-    """compile forward and backward (needs a C++ compiler, takes half a minute, then saves time)"""
+    """compile forward and backward (needs a C++ compiler and up to two minutes, then saves time)"""
     run_dir: Path | None = None
-    """where logs and checkpoints go; runs/ENV__SCRIPT__SEED if not given"""
+    """where logs and checkpoints go; runs/(ENV or TASK)__SCRIPT__SEED if not given"""
     save_every: float = 600.0
     """seconds between checkpoints; 0 saves after every update"""
     resume: str | None = None
@@ -153,13 +153,8 @@ def layer_init(layer: nn.Linear, gain: float = 2**0.5) -> nn.Linear:
 
 
 def mlp(inputs: int, outputs: int, output_gain: float) -> nn.Sequential:
-    return nn.Sequential(
-        layer_init(nn.Linear(inputs, 64)),
-        nn.Tanh(),
-        layer_init(nn.Linear(64, 64)),
-        nn.Tanh(),
-        layer_init(nn.Linear(64, outputs), output_gain),
-    )
+    body = [layer_init(nn.Linear(inputs, 64)), nn.Tanh(), layer_init(nn.Linear(64, 64)), nn.Tanh()]
+    return nn.Sequential(*body, layer_init(nn.Linear(64, outputs), output_gain))
 
 
 class Agent(nn.Module):
@@ -456,9 +451,10 @@ def find_checkpoint(run_dir, resume):
 
 
 def load_checkpoint(path, args):
-    """What this process saved. Raises UserError where it ran with other arguments."""
+    """What this process saved. Raises UserError where it ran with other arguments that matter."""
     state = torch.load(path / f"rank{dist.get_rank()}.pt", map_location="cpu", weights_only=True)
-    free = "device run_dir save_every resume eval_every eval_episodes capture_video track cache_gb"
+    free = "device compile run_dir save_every resume eval_every eval_episodes capture_video track "
+    free += "cache_gb micro_batch_tokens activation_checkpointing offload_frozen reward_timeout"
     for name, value in plain_args(args).items():
         if name not in free.split() and value != state["args"].get(name, value):
             raise UserError(f"--resume: {name} was {state['args'][name]}, now it is {value}")

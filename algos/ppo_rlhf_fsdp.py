@@ -20,7 +20,7 @@ the value of that state learns to predict it. All probabilities are those at the
 sampler, nothing has dropout, and a response without EOS gets a fixed low score.
 
 Run:  torchrun --standalone --nproc_per_node 2 algos/ppo_rlhf_fsdp.py
-      python algos/ppo_rlhf_fsdp.py --resume auto
+      python algos/ppo_rlhf_fsdp.py --seed 2
 
 Differs from the paper: none known.
 Differs from the authors' code: sampling stops at EOS instead of at T tokens; advantages and rewards
@@ -44,7 +44,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -64,14 +64,22 @@ from transformers import set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python algos/ppo_rlhf_fsdp.py`
 
-from rlhf import UserError, report_user_error
+from rlhf import RewardError, UserError, check_numbers, report_user_error
 from rlhf.batches import micro_batches, response_batch, response_texts
 from rlhf.evaluate import report, rollout_metrics, summarize
 from rlhf.logprobs import check_head, completion_logprobs
-from rlhf.reward_model import load_reward_model, score_texts
+from rlhf.processes import gather_lists
+from rlhf.reward_model import load_reward_model, reward_function
 from rlhf.sampler import generate
 from rlhf.sft import load_causal_lm
-from rlhf.tasks import load_prompts, pad_token_id, score, score_together, stop_token_ids
+from rlhf.tasks import (
+    default_run_dir,
+    load_prompts,
+    pad_token_id,
+    score,
+    score_together,
+    stop_token_ids,
+)
 from rlhf.tiny_lm import prepare
 
 # ARGS ============================================================================================
@@ -156,9 +164,9 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" takes CUDA where there is one"""
     compile: bool = False
-    """compile forward and backward (needs a C++ compiler, takes half a minute, then saves time)"""
+    """compile forward and backward (needs a C++ compiler and up to two minutes, then saves time)"""
     run_dir: Path | None = None
-    """where logs and checkpoints go; runs/ENV__SCRIPT__SEED if not given"""
+    """where logs and checkpoints go; runs/(ENV or TASK)__SCRIPT__SEED if not given"""
     save_every: float = 600.0
     """seconds between checkpoints; 0 saves after every update"""
     resume: str | None = None
@@ -169,10 +177,11 @@ class Args:
     """mirror the logs to this tracker, if it is installed"""
 
     def __post_init__(self):
-        least = {"batch_size": 1, "num_minibatches": 1, "update_epochs": 1, "cache_gb": 0}
-        for name, bound in (least | {"temperature": 0.01, "kl_horizon": 1}).items():
-            if not getattr(self, name) >= bound:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: want {bound}+")
+        counts = "batch_size num_minibatches update_epochs response_length eval_prompts kl_horizon"
+        check_numbers(self, counts, least=1)
+        check_numbers(self, "learning_rate clip_coef vclip_coef kl_target max_grad_norm", above=0)
+        check_numbers(self, "critic_learning_rate kl_coef vf_coef cache_gb", least=0)
+        check_numbers(self, "temperature", least=0.01)
         parts = int(os.environ.get("WORLD_SIZE", 1)) * self.num_minibatches
         if self.batch_size % parts:
             what = f"{parts}, processes times --num-minibatches"
@@ -361,16 +370,6 @@ def respond(replica, tokenizer, records, seed, args) -> tuple[dict, list[str]]:
     return batch, response_texts(tokenizer, completions)
 
 
-def score_responses(records, texts, task, scorer, scorer_tokenizer, device) -> torch.Tensor:
-    """Scores (B,) of responses by the task's reward function or the reward model."""
-    if task.reward is not None:
-        return torch.tensor(score_together(task.reward, records, texts), device=device)
-    prompts = [record["prompt"] for record in records]
-    scores = score_texts(scorer, scorer_tokenizer, prompts, texts, device=device)
-    scorer.reshard()
-    return scores.to(device)
-
-
 def response_tokens(module, mb, temperature):
     """Outputs of an ActorCritic, cut to the response: each (M, T), 0 outside of its mask."""
     start = mb["prompt_lengths"][:, None]
@@ -407,18 +406,17 @@ def evaluate(replica, models, task, tokenizer, baseline, args) -> tuple[dict, di
     # diverges: a model that lies on all processes is evaluated where it is
     """Held-out prompts, with the same noise at every call. Returns lists over all, and a summary.
 
-    models: actor_critic, reference, scorer and its tokenizer. baseline: lists of the first call.
+    models: actor_critic and reference. baseline: lists of the first call.
     """
-    actor_critic, reference, scorer, scorer_tokenizer = models
     rank, world_size = dist.get_rank(), dist.get_world_size()
     share = max(1, len(task.test) // world_size)  # PITFALL: equal shares, as forwards need everyone
     records = [task.test[(rank * share + i) % len(task.test)] for i in range(share)]
     batch, texts = respond(replica, tokenizer, records, args.seed + 10_000 + rank, args)
-    scores = score_responses(records, texts, task, scorer, scorer_tokenizer, replica.device)
-    score_tokens(actor_critic, reference, batch, args)
+    scores = score_together(task.reward, records, texts)
+    score_tokens(*models, batch, args)
     columns = {"prompts": [record["prompt"] for record in records], "texts": texts}
     kl = (batch["logprobs"] - batch["ref_logprobs"]).sum(1)
-    columns |= {"rewards": scores.tolist(), "kl": kl.tolist()}
+    columns |= {"rewards": scores, "kl": kl.tolist()}
     columns |= {"gold": score(task.gold, records, texts)} if task.gold else {}
     columns |= {name: batch[name].tolist() for name in ("lengths", "stopped")}
     columns = {name: gather_lists(column) for name, column in columns.items()}
@@ -550,9 +548,10 @@ def find_checkpoint(run_dir, resume):
 
 
 def load_checkpoint(path, args):
-    """What this process saved. Raises UserError where it ran with other arguments."""
+    """What this process saved. Raises UserError where it ran with other arguments that matter."""
     state = torch.load(path / f"rank{dist.get_rank()}.pt", map_location="cpu", weights_only=True)
-    free = "device run_dir save_every resume eval_every eval_episodes capture_video track cache_gb"
+    free = "device compile run_dir save_every resume eval_every eval_episodes capture_video track "
+    free += "cache_gb micro_batch_tokens activation_checkpointing offload_frozen reward_timeout"
     for name, value in plain_args(args).items():
         if name not in free.split() and value != state["args"].get(name, value):
             raise UserError(f"--resume: {name} was {state['args'][name]}, now it is {value}")
@@ -637,13 +636,6 @@ def sum_over_processes(tensor):
     return tensor
 
 
-def gather_lists(items):
-    """The lists of all processes, joined in order of rank."""
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
-
-
 def update(actor_critic, optimizer, batch, args) -> dict[str, float]:
     # diverges: micro-batches of sharded models
     """K epochs of minibatch steps on the responses of this process. Returns what to log.
@@ -682,7 +674,7 @@ def main(args):
     torch.set_flush_denormal(True)  # Adam's moments decay to numbers that are slow to add
     tiny = None if args.model else prepare(response_tokens=args.response_length)
     rank, world_size, device = setup_process(args.device)
-    run_dir = args.run_dir or Path("runs") / f"{Path(__file__).stem}__{args.seed}"
+    run_dir = args.run_dir or default_run_dir(args, __file__)
     path = find_checkpoint(run_dir, args.resume)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     model, tokenizer = load_causal_lm(args.model or tiny.policy, args.trust_remote_code, dtype)
@@ -702,13 +694,14 @@ def main(args):
     parameters = shard(actor_critic, mesh, args)
     if scorer is not None:
         shard(scorer, mesh, args, frozen=True)
+        task = replace(task, reward=reward_function(scorer, scorer_tokenizer, device))
     critic_lr = args.critic_learning_rate
     lrs = (args.learning_rate, args.learning_rate if critic_lr is None else critic_lr)
     groups = [{"params": [p for n, p in parameters.items() if n.startswith("model.")]}]
     groups += [{"params": [p for n, p in parameters.items() if n.startswith("critic.")]}]
     optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
     tensors = sharded_tensors(parameters, optimizer)
-    models = (actor_critic, reference, scorer, scorer_tokenizer)
+    models = (actor_critic, reference)
     set_seed(args.seed + 100_003 * rank)
     iteration, log_size, kl_coef, baseline = 0, 0, args.kl_coef, None
     if path:
@@ -748,11 +741,18 @@ def main(args):
         seed = args.seed + 100_003 * rank + 1_000_003 * (iteration + 1)
         batch, texts = respond(replica, tokenizer, records, seed, args)
         # 2. score
-        scores = score_responses(records, texts, task, scorer, scorer_tokenizer, device)
+        rng = rng_state(device)  # a reward may draw numbers, and draws them again after --resume
+        try:
+            scores = torch.tensor(score_together(task.reward, records, texts), device=device)
+        except RewardError as error:  # on all processes: keep what was learned before this update
+            if int(path.name) < iteration * args.batch_size:
+                set_rng_state(rng, device)
+                path = checkpoint()
+            raise UserError(f"{error}; --resume auto continues from {path}") from error
         if args.missing_eos_score is not None:
             scores = torch.where(batch["stopped"], scores, args.missing_eos_score)
         # 3. KL
-        score_tokens(actor_critic, reference, batch, args)
+        score_tokens(*models, batch, args)
         rewards = token_rewards(
             batch["logprobs"], batch["ref_logprobs"], scores, batch["lengths"], kl_coef
         )

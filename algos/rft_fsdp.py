@@ -18,7 +18,7 @@ at temperature 1, as in all supervised fine-tuning: nothing corrects for the sam
 --temperature below 1 makes the model that is imitated sharper, as it did in the paper (0.7).
 
 Run:  torchrun --standalone --nproc_per_node 2 algos/rft_fsdp.py
-      python algos/rft_fsdp.py --source policy --no-distinct
+      python algos/rft_fsdp.py --source policy --no-distinct --run-dir runs/online_rft
 
 Differs from the paper: a new rollout for each update, in which equal ones are looked for, in place
     of a data set made once; equal are responses of one text, not of one list of equations; the
@@ -66,16 +66,18 @@ from transformers import set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python algos/rft_fsdp.py`
 
-from rlhf import UserError, report_user_error
+from rlhf import RewardError, UserError, check_numbers, report_user_error
 from rlhf.batches import Response, micro_batches, response_batch, response_texts, split, stack
 from rlhf.evaluate import group_metrics, report, summarize_passes
 from rlhf.logprobs import check_head, completion_logprobs
 from rlhf.lora import choose_trained, merged
+from rlhf.processes import gather_lists, share
 from rlhf.reward_model import load_reward_model, reward_function
 from rlhf.sampler import generate
 from rlhf.sft import load_causal_lm
 from rlhf.tasks import (
     completion_ids,
+    default_run_dir,
     load_prompts,
     pad_token_id,
     score_together,
@@ -173,9 +175,9 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" takes CUDA where there is one"""
     compile: bool = False
-    """compile forward and backward (needs a C++ compiler, takes half a minute, then saves time)"""
+    """compile forward and backward (needs a C++ compiler and up to two minutes, then saves time)"""
     run_dir: Path | None = None
-    """where logs and checkpoints go; runs/ENV__SCRIPT__SEED if not given"""
+    """where logs and checkpoints go; runs/(ENV or TASK)__SCRIPT__SEED if not given"""
     save_every: float = 600.0
     """seconds between checkpoints; 0 saves after every update"""
     resume: str | None = None
@@ -186,12 +188,13 @@ class Args:
     """mirror the logs to this tracker, if it is installed"""
 
     def __post_init__(self):
-        counts = "batch_size num_minibatches update_epochs eval_samples response_length lora_rank"
-        least = dict.fromkeys([*counts.split(), "group_size"], 1)
-        least |= {"temperature": 0.01, "max_grad_norm": 0.01, "cache_gb": 0}
-        for name, bound in least.items():
-            if not getattr(self, name) >= bound:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: want {bound}+")
+        counts = "batch_size num_minibatches update_epochs response_length lora_rank eval_prompts "
+        check_numbers(self, counts + "eval_samples group_size", least=1)
+        check_numbers(self, "learning_rate reward_timeout", above=0)
+        check_numbers(self, "warmup_updates cache_gb", least=0)
+        check_numbers(self, "temperature max_grad_norm", least=0.01)
+        if not math.isfinite(self.success_score):
+            raise UserError(f"--success-score {self.success_score}: want a finite number")
         parts = int(os.environ.get("WORLD_SIZE", 1)) * self.num_minibatches
         if self.batch_size % self.group_size or self.batch_size % parts:
             what = f"--group-size {self.group_size} and processes * minibatches ({parts})"
@@ -287,12 +290,6 @@ def prompt_batch(records: list[dict], place: int, count: int, seed: int) -> list
     n, places = len(records), range(place, place + count)
     orders = {e: np.random.default_rng([seed, e]).permutation(n) for e in {p // n for p in places}}
     return [records[orders[p // n][p % n]] for p in places]
-
-
-def share(items: list) -> list:
-    """The items of this process: neighbours, so that few groups lie on two processes."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    return items[rank * len(items) // world_size : (rank + 1) * len(items) // world_size]
 
 
 # ROLLOUT =========================================================================================
@@ -526,9 +523,10 @@ def find_checkpoint(run_dir, resume):
 
 
 def load_checkpoint(path, args):
-    """What this process saved. Raises UserError where it ran with other arguments."""
+    """What this process saved. Raises UserError where it ran with other arguments that matter."""
     state = torch.load(path / f"rank{dist.get_rank()}.pt", map_location="cpu", weights_only=True)
-    free = "device run_dir save_every resume eval_every eval_episodes capture_video track cache_gb"
+    free = "device compile run_dir save_every resume eval_every eval_episodes capture_video track "
+    free += "cache_gb micro_batch_tokens activation_checkpointing offload_frozen reward_timeout"
     for name, value in plain_args(args).items():
         if name not in free.split() and value != state["args"].get(name, value):
             raise UserError(f"--resume: {name} was {state['args'][name]}, now it is {value}")
@@ -613,13 +611,6 @@ def sum_over_processes(tensor):
     return tensor
 
 
-def gather_lists(items):
-    """The lists of all processes, joined in order of rank."""
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
-
-
 def update(policy, optimizer, batch, args) -> dict[str, float]:
     # diverges: counts of tokens, and minibatches without any
     """Epochs of minibatch steps on the responses of this process. Returns what to log.
@@ -655,7 +646,7 @@ def main(args):
     torch.set_flush_denormal(True)  # Adam's moments decay to numbers that are slow to add
     name = args.model or warm_start(args.task, args.levels, args.task_config)
     rank, world_size, device = setup_process(args.device)
-    run_dir = args.run_dir or Path("runs") / f"{Path(__file__).stem}__{args.seed}"
+    run_dir = args.run_dir or default_run_dir(args, __file__)
     path = find_checkpoint(run_dir, args.resume)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     model, tokenizer = load_causal_lm(name, args.trust_remote_code, dtype)
@@ -713,7 +704,14 @@ def main(args):
         # 1. generate, 2. score
         pool = [r for r in task.train if not args.curriculum or r["level"] == level]
         seed = args.seed + 100_003 * rank + 1_000_003 * (iteration + 1)
-        groups, place, seconds = sample_groups(sampler, task, pool, place, seed, args)
+        rng = rng_state(device)  # a reward may draw numbers, and draws them again after --resume
+        try:
+            groups, place, seconds = sample_groups(sampler, task, pool, place, seed, args)
+        except RewardError as error:  # on all processes: keep what was learned before this update
+            if int(path.name) < iteration * args.batch_size:
+                set_rng_state(rng, device)
+                path = checkpoint()
+            raise UserError(f"{error}; --resume auto continues from {path}") from error
         started = time.monotonic()
         # 3. KL, 4. advantages: none, but a choice
         batch, count = group_batch(groups, args, device)

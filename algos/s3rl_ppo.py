@@ -6,22 +6,25 @@ Paper: Snapshot Reinforcement Learning: Leveraging Prior Trajectories for Effici
 Wang, Shan, Qin, 2024, arXiv 2403.00673.
 
 What changes against the parent: where the episodes of a first phase start and when they end. A
-frozen teacher of the same kind plays some episodes, and the simulator's state is saved every ten
-steps. The student starts from these snapshots: from low and high values of the teacher equally
-often (status classification, SC), for a hundred steps (student trajectory truncation, STT).
+frozen teacher plays some episodes, and the simulator's state is saved every ten steps. The student
+starts from these snapshots: from low and high values of the teacher equally often (status
+classification, SC), for a hundred steps (student trajectory truncation, STT).
     f_i = V(s_i) of the teacher, in snapshot i, s_i by (7) with the teacher's own moments       (9)
     p_i = 1 / (K n_i),  K clusters of f by k-means, n_i snapshots in that of i                 (10)
     the time limit of an episode that starts in step t_i of the teacher's is t_i + L           (11)
+    pi(a|s) = softmax(logits(s))_a in place of (6), where actions are Discrete                 (12)
 S3RL is the default; --truncation 1000 leaves out STT, --clusters 1 SC, both give SnapshotRL;
 --no-snapshots is STT alone, --snapshot-timesteps 0 the parent, whose flags norm-adv, clip-vloss,
-anneal-lr, target-kl and ent-coef are gone: all is as it is there by default.
+anneal-lr, target-kl and ent-coef are gone: all is as it is there by default. So it is with (12):
+observations and rewards are normalized and entropy earns nothing, unlike in ppo.py.
 
 Run:  python algos/s3rl_ppo.py --env-id Hopper-v5 --teacher runs/Hopper-v5__ppo_continuous_action__1
+      python algos/s3rl_ppo.py --env-id CartPole-v1 --teacher runs/CartPole-v1__ppo__1
       torchrun --standalone --nproc_per_node 2 algos/s3rl_ppo.py --num-envs 2 --teacher RUN
 
 Differs from the paper: unknown, its text was not read. This follows the authors' published code.
 Differs from the authors' code: states of simulators, not copies of environments; snapshots one step
-    earlier; a seed for each episode of the teacher; and what the parent lists, save time limits.
+    earlier; a seed for each episode of the teacher; (12); what the parent lists, save time limits.
 
 Shapes: T steps, N environments, B = T * N, M minibatch, S snapshots, O observation, A action size.
 """
@@ -78,7 +81,7 @@ class Args:
     learning_rate: float = 3e-4
     """Adam step size at the start"""
     teacher: Path | None = None
-    """folder of a run of the parent or of this script on the same environment, or a checkpoint"""
+    """folder of a run of the parent, ppo.py or this script in env_id, or a checkpoint of one"""
     snapshots: bool = True
     """start the episodes of the first phase from the teacher's states"""
     snapshot_timesteps: int = 100_000
@@ -112,9 +115,9 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" takes CUDA where there is one"""
     compile: bool = False
-    """compile forward and backward (needs a C++ compiler, takes half a minute, then saves time)"""
+    """compile forward and backward (needs a C++ compiler and up to two minutes, then saves time)"""
     run_dir: Path | None = None
-    """where logs and checkpoints go; runs/ENV__SCRIPT__SEED if not given"""
+    """where logs and checkpoints go; runs/(ENV or TASK)__SCRIPT__SEED if not given"""
     save_every: float = 600.0
     """seconds between checkpoints; 0 saves after every update"""
     resume: str | None = None
@@ -130,21 +133,17 @@ class Args:
 
     def __post_init__(self):
         world_size = int(os.environ.get("WORLD_SIZE", 1))
+        rollout = self.num_steps * self.num_envs
         ones = "num_envs num_steps num_minibatches update_epochs eval_episodes teacher_episodes "
         least = dict.fromkeys((ones + "snapshot_every clusters truncation").split(), 1)
-        least["total_timesteps"] = self.num_steps * self.num_envs  # one rollout
-        for name, bound in least.items():
+        for name, bound in (least | {"total_timesteps": rollout}).items():
             if (value := getattr(self, name)) < bound:
                 raise UserError(f"--{name.replace('_', '-')} {value}: less than {bound}")
         if self.num_envs % world_size:
             raise UserError(f"--num-envs {self.num_envs}: not a multiple of {world_size} processes")
-        if self.num_steps * self.num_envs % (self.num_minibatches * world_size):
-            steps = f"{self.num_steps} steps of {self.num_envs} environments"
-            flag = f"--num-minibatches {self.num_minibatches}"
-            raise UserError(f"{flag}: {steps} on {world_size} processes do not divide by it")
-        if self.snapshots and self.snapshot_timesteps > 0 and self.teacher is None:
-            parent = f"python algos/ppo_continuous_action.py --env-id {self.env_id}"
-            raise UserError(f"--teacher RUN is missing: `{parent}` makes one")
+        if rollout % (self.num_minibatches * world_size):
+            steps = f"{rollout} steps of a rollout on {world_size} processes"
+            raise UserError(f"--num-minibatches {self.num_minibatches}: does not divide {steps}")
 
 
 # NETWORKS ========================================================================================
@@ -158,40 +157,46 @@ def layer_init(layer: nn.Linear, gain: float = 2**0.5) -> nn.Linear:
 
 
 def mlp(inputs: int, outputs: int, output_gain: float) -> nn.Sequential:
-    return nn.Sequential(
-        layer_init(nn.Linear(inputs, 64)),
-        nn.Tanh(),
-        layer_init(nn.Linear(64, 64)),
-        nn.Tanh(),
-        layer_init(nn.Linear(64, outputs), output_gain),
-    )
+    body = [layer_init(nn.Linear(inputs, 64)), nn.Tanh(), layer_init(nn.Linear(64, 64)), nn.Tanh()]
+    return nn.Sequential(*body, layer_init(nn.Linear(64, outputs), output_gain))
 
 
 class Agent(nn.Module):
-    # diverges: the actor gives the mean of a Gaussian
-    """Actor and critic apart; the standard deviation is a free vector, eq. (6)."""
+    # diverges: actions may be Discrete
+    """Actor and critic apart; the actor gives the mean of eq. (6), or the logits of eq. (12)."""
 
     def __init__(self, observation_space: gym.spaces.Box, action_space: gym.Space):
         super().__init__()
-        if not isinstance(action_space, gym.spaces.Box):
-            raise UserError(f"actions are {action_space}: use ppo.py for Discrete")
-        actions = math.prod(action_space.shape)
+        self.discrete = isinstance(action_space, gym.spaces.Discrete)
+        if not isinstance(action_space, gym.spaces.Box | gym.spaces.Discrete):
+            raise UserError(f"actions are {action_space}: neither Box nor Discrete")
+        if not self.discrete:
+            self.low, self.high = action_space.low.ravel(), action_space.high.ravel()
+        outputs = gym.spaces.flatdim(action_space)  # A; of Discrete actions it is the number
         self.critic = mlp(observation_space.shape[0], 1, output_gain=1.0)
-        self.actor = mlp(observation_space.shape[0], actions, output_gain=0.01)
-        self.actor_logstd = nn.Parameter(torch.zeros(actions))
+        self.actor = mlp(observation_space.shape[0], outputs, output_gain=0.01)
+        logstd = torch.zeros(outputs)  # with (12) no parameter: the scale of Gumbel noise is 1
+        self.actor_logstd = logstd if self.discrete else nn.Parameter(logstd)
 
     def value(self, obs: torch.Tensor) -> torch.Tensor:
         return self.critic(obs).squeeze(-1)
 
-    def logprob(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """log pi(a|s) of eq. (6), summed over the A components: (..., A) -> (...)."""
-        z = (actions - self.actor(obs)) * (-self.actor_logstd).exp()
+    def logprob_and_entropy(self, obs: torch.Tensor, actions: torch.Tensor):
+        """Of actions (..., A), Discrete ones (...): both (...), but a scalar the entropy of (6)."""
+        output = self.actor(obs)
+        if self.discrete:
+            logp = output.log_softmax(-1)  # eq. (12)
+            return logp.gather(-1, actions[..., None]).squeeze(-1), -(logp.exp() * logp).sum(-1)
+        z = (actions - output) * (-self.actor_logstd).exp()
         constant = self.actor_logstd.sum() + 0.5 * math.log(2 * math.pi) * actions.shape[-1]
-        return -0.5 * z.square().sum(-1) - constant
+        entropy = (self.actor_logstd + 0.5 * math.log(2 * math.pi * math.e)).sum()
+        return -0.5 * z.square().sum(-1) - constant, entropy
 
-    def entropy(self) -> torch.Tensor:
-        """The same in every state: a scalar."""
-        return (self.actor_logstd + 0.5 * math.log(2 * math.pi * math.e)).sum()
+    def act(self, output: np.ndarray) -> np.ndarray:
+        """What the environment gets, by the actor's output (..., A) with or without noise."""
+        if self.discrete:
+            return output.argmax(-1)  # of logits plus Gumbel noise: a draw from eq. (12)
+        return np.minimum(np.maximum(output, self.low), self.high)
 
 
 def numpy_mlp(network: nn.Sequential):
@@ -211,15 +216,16 @@ def numpy_mlp(network: nn.Sequential):
     return forward
 
 
-def frozen_policy(agent, obs_moments, action_space, seed, deterministic):
-    """act(raw obs (..., O)) -> (..., A) within the bounds: by eq. (6) the mean, or a draw."""
-    low, high = action_space.low.ravel(), action_space.high.ravel()
+def frozen_policy(agent, normalize, seed, deterministic):
+    # diverges: actions may be Discrete, and observations other than by eq. (7)
+    """act(raw obs (..., O)) -> what the environment gets: the likeliest action, or a draw."""
     actor, generator = numpy_mlp(agent.actor), np.random.default_rng(seed)
+    draw = generator.gumbel if agent.discrete else generator.standard_normal
     std = 0.0 if deterministic else agent.actor_logstd.detach().exp().cpu().numpy()
 
     def act(obs: np.ndarray) -> np.ndarray:
-        mean = actor(obs_moments.normalize(obs))
-        return np.clip(mean + std * generator.standard_normal(mean.shape), low, high)
+        output = actor(normalize(obs))
+        return agent.act(output + std * draw(size=output.shape))
 
     return act
 
@@ -269,14 +275,12 @@ def ppo_loss(logprob, entropy, value, mb, args):
     mb: "logprobs" and "values" when the batch was collected, "advantages", "returns".
     Returns the loss and, detached, its parts and the log-ratio (M,).
     """
-    eps = args.clip_coef
+    eps, advantages = args.clip_coef, mb["advantages"]
     logratio = logprob - mb["logprobs"]
     ratio = logratio.exp()
-    advantages = mb["advantages"]
     pg_loss = -torch.min(advantages * ratio, advantages * ratio.clamp(1 - eps, 1 + eps)).mean()
     v_clipped = mb["values"] + (value - mb["values"]).clamp(-eps, eps)
-    v_error = (value - mb["returns"]).square()
-    v_error = torch.max(v_error, (v_clipped - mb["returns"]).square())
+    v_error = torch.max((value - mb["returns"]).square(), (v_clipped - mb["returns"]).square())
     v_loss, entropy = 0.5 * v_error.mean(), entropy.mean()
     loss = pg_loss + args.vf_coef * v_loss  # eq. (5), without entropy
     parts = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy, "logratio": logratio}
@@ -292,12 +296,14 @@ def take_snapshots(args):
     """Of the teacher: what `play_and_save` saves, "probabilities" (S,), and what to log."""
     env = make_env(args.env_id)
     teacher = Agent(env.observation_space, env.action_space)
-    theirs = load_teacher(args.teacher, args.env_id, teacher)
-    moments = RunningMoments.of_state(theirs["obs_moments"])
+    script = "ppo" if teacher.discrete else "ppo_continuous_action"
+    theirs = load_teacher(args.teacher, args.env_id, teacher, script).get("obs_moments")
+    # a run of ppo.py has no moments: its agent sees observations as they are
+    normalize = RunningMoments.of_state(theirs).normalize if theirs else np.float32
     seed = args.seed + 20_000  # not one of evaluations
-    act = frozen_policy(teacher, moments, env.action_space, seed, deterministic=False)
+    act = frozen_policy(teacher, normalize, seed, deterministic=False)
     returns, _, saved = play_and_save(env, act, args.teacher_episodes, seed, args.snapshot_every)
-    values = teacher.value(torch.from_numpy(moments.normalize(saved["obs"].numpy())))  # eq. (9)
+    values = teacher.value(torch.from_numpy(normalize(saved["obs"].numpy())))  # eq. (9)
     p, sizes = start_probabilities(values.numpy(), args.clusters)
     saved["probabilities"] = torch.from_numpy(p)
     facts = {"charts/teacher_return": returns.mean(), "charts/snapshots": len(p)}
@@ -357,26 +363,25 @@ def reset(envs, obs_moments, seed):
 
 @torch.no_grad()
 def rollout(envs, agent, state, obs_moments, return_moments, args, device):
-    # diverges: Gaussian actions, normalized observations and rewards
+    # diverges: actions of both kinds, normalized observations and rewards
     """T steps of N environments. Returns the batch (T, N, ...) and the episodes that ended.
 
     state: "obs" (N, O) to act on, normalized, and "episode_return", "episode_length",
     "discounted_return" (N,), updated in place. An episode is (step, return, length).
     """
     T, N = args.num_steps, envs.num_envs
-    low, high = envs.single_action_space.low.ravel(), envs.single_action_space.high.ravel()
     obs = np.empty((T, *state["obs"].shape), np.float32)
     rewards = np.empty((T, N))
     terminations, truncations = np.empty((2, T, N), bool)
-    actions = np.empty((T, N, len(low)), np.float32)
-    noise = (torch.randn((T, N, len(low))) * agent.actor_logstd.exp().cpu()).numpy()
-    actor = numpy_mlp(agent.actor)
-    final_obs, episodes = {}, []
+    noise = torch.empty(T, N, agent.actor[-1].out_features)
+    noise = -noise.exponential_().log() if agent.discrete else noise.normal_()
+    drawn = (noise * agent.actor_logstd.exp().cpu()).numpy()  # outputs of the actor are added
+    actor, final_obs, episodes = numpy_mlp(agent.actor), {}, []
     for t in range(T):
         obs[t] = state["obs"]
-        actions[t] = actor(obs[t]) + noise[t]
-        clipped = np.minimum(np.maximum(actions[t], low), high).reshape(envs.action_space.shape)
-        next_obs, rewards[t], terminations[t], truncations[t], infos = envs.step(clipped)
+        drawn[t] += actor(obs[t])
+        taken = agent.act(drawn[t]).reshape(envs.action_space.shape)
+        next_obs, rewards[t], terminations[t], truncations[t], infos = envs.step(taken)
         state["episode_return"] += rewards[t]
         state["episode_length"] += 1
         if "final_obs" in infos:
@@ -393,10 +398,11 @@ def rollout(envs, agent, state, obs_moments, return_moments, args, device):
     return_moments.merge(device)
 
     # The weights stayed the same, so one pass over the rollout gives what acting did not need.
+    actions = drawn.argmax(-1) if agent.discrete else drawn
     batch = {"obs": obs, "actions": actions, "rewards": rewards}
     batch |= {"terminations": terminations, "truncations": truncations & ~terminations}
     batch = {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
-    batch["logprobs"] = agent.logprob(batch["obs"], batch["actions"])
+    batch["logprobs"], _ = agent.logprob_and_entropy(batch["obs"], batch["actions"])
     last_obs = torch.from_numpy(state["obs"]).to(device)
     values = agent.value(torch.cat([batch["obs"], last_obs[None]]))  # (T + 1, N)
     batch["values"], next_values = values[:-1], values[1:].clone()
@@ -413,17 +419,17 @@ def rollout(envs, agent, state, obs_moments, return_moments, args, device):
 
 @torch.no_grad()
 def evaluate(checkpoint, episodes, deterministic, video_dir=None):
-    # diverges: Gaussian actions, and the observation moments of the checkpoint
+    # diverges: actions of both kinds, and the observation moments of the checkpoint
     """Returns (episodes,) with a saved agent, on the CPU; episode i starts from seed + 10_000 + i.
 
-    deterministic: the mean action, else a draw. video_dir: where to record the first episode.
+    deterministic: the likeliest action, else a draw. video_dir: where to record the first episode.
     """
     saved = torch.load(checkpoint / "rank0.pt", map_location="cpu", weights_only=True)
     envs = make_episodes(saved["args"]["env_id"], episodes, video_dir)
     agent = Agent(envs[0].observation_space, envs[0].action_space)
     agent.load_state_dict(saved["agent"])
     moments, seed = RunningMoments.of_state(saved["obs_moments"]), saved["args"]["seed"] + 10_000
-    act = frozen_policy(agent, moments, envs[0].action_space, seed, deterministic)
+    act = frozen_policy(agent, moments.normalize, seed, deterministic)
     return play_episodes(envs, seed, [1], lambda obs, *_: act(obs)[:, None])[0]
 
 
@@ -543,9 +549,10 @@ def find_checkpoint(run_dir, resume):
 
 
 def load_checkpoint(path, args):
-    """What this process saved. Raises UserError where it ran with other arguments."""
+    """What this process saved. Raises UserError where it ran with other arguments that matter."""
     state = torch.load(path / f"rank{dist.get_rank()}.pt", map_location="cpu", weights_only=True)
-    free = "device run_dir save_every resume eval_every eval_episodes capture_video track cache_gb"
+    free = "device compile run_dir save_every resume eval_every eval_episodes capture_video track "
+    free += "cache_gb micro_batch_tokens activation_checkpointing offload_frozen reward_timeout"
     for name, value in plain_args(args).items():
         if name not in free.split() and value != state["args"].get(name, value):
             raise UserError(f"--resume: {name} was {state['args'][name]}, now it is {value}")
@@ -656,9 +663,9 @@ def normalize_advantages(advantages):
 
 
 def minibatch_gradient(agent, flat, mb, args):
-    # diverges: a Gaussian needs no distribution object
+    # diverges: actions of both kinds
     """Fill flat.grad with the gradient of the loss on this process's part of a minibatch."""
-    logprob, entropy = agent.logprob(mb["obs"], mb["actions"]), agent.entropy()
+    logprob, entropy = agent.logprob_and_entropy(mb["obs"], mb["actions"])
     loss, metrics = ppo_loss(logprob, entropy, agent.value(mb["obs"]), mb, args)
     flat.grad.zero_()
     loss.backward()
@@ -699,10 +706,8 @@ def main(args):
     torch.set_num_threads(1)  # for layers of 64 units a second thread costs more than it brings
     run_dir = args.run_dir or Path("runs") / f"{args.env_id}__{Path(__file__).stem}__{args.seed}"
     path = find_checkpoint(run_dir, args.resume)
-    batch_steps = args.num_envs * args.num_steps
+    batch_steps, N = args.num_envs * args.num_steps, args.num_envs // world_size
     num_iterations = args.total_timesteps // batch_steps
-
-    N = args.num_envs // world_size
     saved = load_checkpoint(path, args) if path else {}
     iteration, log_size = saved.get("iteration", 0), saved.get("log_size", 0)
     snapshots, facts = saved.get("snapshots"), {}
@@ -747,8 +752,7 @@ def main(args):
     log, stop, last_save = RunLog(run_dir, args, log_size), catch_signals(), time.monotonic()
     log.add(0, facts)
     path = path or checkpoint()  # a directory that cannot hold the run shows now, not in an hour
-    recent = deque(maxlen=100)
-    total = num_iterations * batch_steps
+    recent, total = deque(maxlen=100), num_iterations * batch_steps
     bar = tqdm(total=total, initial=iteration * batch_steps, unit="step", disable=rank > 0)
     while True:
         global_step = iteration * batch_steps

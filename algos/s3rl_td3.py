@@ -114,11 +114,11 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" takes CUDA where there is one"""
     compile: bool = False
-    """compile forward and backward (needs a C++ compiler, takes half a minute, then saves time)"""
+    """compile forward and backward (needs a C++ compiler and up to two minutes, then saves time)"""
     log_every: int = 100
     """steps of an environment between two rounds of logging, saving and evaluating"""
     run_dir: Path | None = None
-    """where logs and checkpoints go; runs/ENV__SCRIPT__SEED if not given"""
+    """where logs and checkpoints go; runs/(ENV or TASK)__SCRIPT__SEED if not given"""
     save_every: float = 600.0
     """seconds between checkpoints; 0 saves after every update"""
     resume: str | None = None
@@ -144,9 +144,6 @@ class Args:
                 raise UserError(f"{flag} {value}: less than {bound}")
             if name in ("num_envs", "batch_size") and value % world_size:
                 raise UserError(f"{flag} {value}: not a multiple of {world_size} processes")
-        if self.snapshots and self.snapshot_timesteps > 0 and self.teacher is None:
-            parent = f"python algos/td3_continuous_action.py --env-id {self.env_id}"
-            raise UserError(f"--teacher RUN is missing: `{parent}` makes one")
 
 
 # NETWORKS ========================================================================================
@@ -318,7 +315,7 @@ def take_snapshots(args):
     """Of the teacher: what `play_and_save` saves, "probabilities" (S,), and what to log."""
     env = make_env(args.env_id)
     teacher = Agent(env.observation_space, env.action_space)
-    load_teacher(args.teacher, args.env_id, teacher)
+    load_teacher(args.teacher, args.env_id, teacher, "td3_continuous_action")
     plan = args.teacher_episodes, args.seed + 20_000, args.snapshot_every  # no evaluation's seed
     returns, actions, saved = play_and_save(env, partial(numpy_policy(teacher), noise=0.0), *plan)
     inputs = torch.cat([saved["obs"].float(), actions], 1)
@@ -514,9 +511,10 @@ def find_checkpoint(run_dir, resume):
 
 
 def load_checkpoint(path, args):
-    """What this process saved. Raises UserError where it ran with other arguments."""
+    """What this process saved. Raises UserError where it ran with other arguments that matter."""
     state = torch.load(path / f"rank{dist.get_rank()}.pt", map_location="cpu", weights_only=True)
-    free = "device run_dir save_every resume eval_every eval_episodes capture_video track cache_gb"
+    free = "device compile run_dir save_every resume eval_every eval_episodes capture_video track "
+    free += "cache_gb micro_batch_tokens activation_checkpointing offload_frozen reward_timeout"
     for name, value in plain_args(args).items():
         if name not in free.split() and value != state["args"].get(name, value):
             raise UserError(f"--resume: {name} was {state['args'][name]}, now it is {value}")

@@ -219,8 +219,10 @@ def harvest(job: Job, code: int, attempts: list[dict]) -> tuple[dict, str | None
         "script_sha256": job.digest(),
         "machine": machine(),
     }
-    if job.teacher:
+    if job.teacher:  # `provide` has read it
+        score = results.last_100(job.teacher / "metrics.csv", results.RETURN)
         record["teacher"] = job.teacher.resolve().name.rpartition("__")[0]
+        record["teacher_score"] = float(f"{score:.7g}")
     flaw = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     try:
         told = json.loads((job.run_dir / "args.json").read_text())

@@ -118,10 +118,15 @@ class Claim(Table):
     envs: list[str] = []
     """environments of the run; default: all"""
     metric: str
-    score: Literal["last", "last_100", "mean", "best", "at_step"] = "last"
-    """of a run: the last value, the mean of the last 100 values, or of the stored curve its mean,
-    its largest value, or its value at `step`"""
+    score: Literal["last", "last_100", "mean", "best", "at_step", "steps_to"] = "last"
+    """of a run: the last value, the mean of the last 100 values, or of the stored curve its mean
+    after `step`, its largest value, its value at `step`, or the first step at which it is at least
+    `share` of `share_of`; a run that never is counts with its last step"""
     step: int | None = None
+    share: float | None = None
+    share_of: str = ""
+    """a metric; its mean over the last values of `run` counts, for `baseline` too; a claim whose
+    level no run reaches is inconclusive"""
     effect: Literal["score", "difference", "ratio"] = "score"
     """the score itself, or compared with `baseline` or `numbers`"""
     statistic: Literal["mean", "iqm"] = "iqm"
@@ -137,19 +142,23 @@ class Claim(Table):
             raise ValueError("give low, high or both: the effects for which the statement holds")
         if self.low is not None and self.high is not None and self.low > self.high:
             raise ValueError(f"low {self.low} is above high {self.high}")
-        if (self.score == "at_step") != (self.step is not None):
-            raise ValueError('score = "at_step" and step belong together')
+        if self.score != "mean" and (self.score == "at_step") != (self.step is not None):
+            raise ValueError('step belongs to score = "at_step", which needs it, or "mean"')
+        if not (self.score == "steps_to") == (self.share is not None) == bool(self.share_of):
+            raise ValueError('score = "steps_to", share and share_of belong together')
         if self.effect == "score" and (self.baseline or self.numbers):
             raise ValueError('effect = "score" compares with nothing: drop baseline and numbers')
         if self.effect != "score" and bool(self.baseline) == bool(self.numbers):
             raise ValueError(f"effect = {self.effect!r} needs either baseline or numbers")
         if self.numbers and self.statistic != "mean":
             raise ValueError('published values are means: statistic = "mean"')
+        if self.effect == "ratio" and self.statistic != "mean":
+            raise ValueError('a ratio is one to a mean: statistic = "mean"')
         return self
 
 
 class Picture(Table):
-    """[[pictures]]: the last values of a family of metrics over the number in their names."""
+    """[[pictures]]: values of a family of metrics over the number in their names."""
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
     metric: str
@@ -158,6 +167,8 @@ class Picture(Table):
     """what the number counts"""
     about: str
     """what the picture shows, in words"""
+    best_of: str = ""
+    """a metric; drawn is where it was highest. If not given, the last values are"""
 
     def keys(self, run: Run) -> dict[int, str]:
         """{number: key} of the metrics of `run` that belong to the family, in order."""
@@ -219,8 +230,11 @@ class Paper(Table):
                 except ValueError as error:  # a quotation mark without its partner
                     raise ValueError(f"run {run.name!r}, flags: {error}") from error
         for picture in self.pictures:
-            if not any(picture.keys(run) for run in self.runs):
+            drawn = [run for run in self.runs if picture.keys(run)]
+            if not drawn:
                 raise ValueError(f"picture {picture.name!r}: no run keeps {picture.metric!r}")
+            if picture.best_of and not all(picture.best_of in run.metrics for run in drawn):
+                raise ValueError(f"picture {picture.name!r}: not all keep {picture.best_of!r}")
         for claim in self.claims:
             try:
                 self.check_claim(claim)
@@ -230,6 +244,8 @@ class Paper(Table):
 
     def check_claim(self, claim: Claim) -> None:
         run, envs = self.run(claim.run), self.claim_envs(claim)
+        if claim.share_of and claim.share_of not in run.metrics:
+            raise ValueError(f"run {claim.run!r} does not keep the metric {claim.share_of!r}")
         for name in filter(None, (claim.run, claim.baseline)):
             if claim.metric not in self.run(name).metrics:
                 raise ValueError(f"run {name!r} does not keep the metric {claim.metric!r}")
@@ -261,6 +277,11 @@ class Paper(Table):
     def claim_envs(self, claim: Claim) -> list[str]:
         """Environments that a claim is about; [""] for a script without --env-id."""
         return claim.envs or self.run(claim.run).envs or [""]
+
+    def claim_runs(self, claim: Claim) -> list[tuple[str, str]]:
+        """Run and environment of each group of runs that it compares."""
+        names = [name for name in (claim.run, claim.baseline) if name]
+        return [(name, env) for name in names for env in self.claim_envs(claim)]
 
 
 def pick(items: list, kind: str, key: str, name: str):

@@ -49,18 +49,37 @@ class Evidence:
     def failed(self, run: str, env: str) -> list[jobs.Job]:
         return [job for job in self.jobs_of(run, env) if job.failed(self.records)]
 
-    def score(self, job: jobs.Job, metric: str, score: str, step: int | None = None) -> float:
-        if score not in ("mean", "at_step"):
-            return self.records[job.name]["scores"][metric][score]
-        path = self.folder / self.name / self.scale / f"{job.name}.csv"
-        steps, values = results.read_curve(path, metric)
-        if score == "mean":
-            return float(values.mean())
-        return float(values[np.abs(steps - step).argmin()])
+    def has_part(self, claim: papers.Claim) -> bool:
+        """Whether all that the claim compares is run at this scale."""
+        return all(self.jobs_of(*group) for group in self.paper.claim_runs(claim))
 
-    def scores(self, run: str, env: str, metric: str, score: str, step=None) -> np.ndarray:
-        found = [self.score(job, metric, score, step) for job in self.done(run, env)]
+    def curve(self, job: jobs.Job, metric: str) -> tuple[np.ndarray, np.ndarray]:
+        path = self.folder / self.name / self.scale / f"{job.name}.csv"
+        return results.read_curve(path, metric)
+
+    def scores(self, run: str, env: str, metric: str, score: str) -> np.ndarray:
+        """Of all runs that are done: (R,); score: a name that their records have."""
+        found = [self.records[j.name]["scores"][metric][score] for j in self.done(run, env)]
         return np.array(found)
+
+    def claim_scores(self, claim: papers.Claim, run: str, env: str) -> np.ndarray:
+        """As the claim has them: (R,). Steps of a curve are the last ones of its stretches.
+
+        Raises ValueError where no run on either side reaches a level: that says nothing.
+        """
+        if claim.score not in ("mean", "at_step", "steps_to"):
+            return self.scores(run, env, claim.metric, claim.score)
+        curves = [self.curve(job, claim.metric) for job in self.done(run, env)]
+        if claim.score == "mean":
+            return np.array([v[s > (claim.step or 0)].mean() for s, v in curves])
+        if claim.score == "at_step":
+            return np.array([v[np.abs(s - claim.step).argmin()] for s, v in curves])
+        level = claim.share * self.scores(claim.run, env, claim.share_of, "last").mean()
+        sides = [name for name, e in self.paper.claim_runs(claim) if e == env]
+        best = max(self.curve(j, claim.metric)[1].max() for n in sides for j in self.done(n, env))
+        if not 0 < level <= best:
+            raise ValueError(f"no run reaches {claim.share:g} of {claim.share_of}")
+        return np.array([s[v >= level][0] if (v >= level).any() else s[-1] for s, v in curves])
 
 
 @dataclass(frozen=True)
@@ -91,15 +110,13 @@ def judge(claim: papers.Claim, found: dict[str, Evidence]) -> Judged:
     """By the largest scale whose runs are all there."""
     reasons = []
     for scale, evidence in found.items():
-        envs = evidence.paper.claim_envs(claim)
-        names = [name for name in (claim.run, claim.baseline) if name]
-        groups = [(name, env) for name in names for env in envs]
         paper = evidence.paper
+        groups = paper.claim_runs(claim)
         wanted = [max(MIN_RUNS, paper.seeds(paper.run(name), scale)) for name, _ in groups]
         done = [len(evidence.done(*group)) for group in groups]
         failed = [len(evidence.failed(*group)) for group in groups]
-        if not all(evidence.jobs_of(*group) for group in groups):
-            continue  # not part of this scale
+        if not evidence.has_part(claim):
+            continue
         if any(d + f < w for d, f, w in zip(done, failed, wanted, strict=True)):
             if any(done) or any(failed):
                 why = f"{scale}: {sum(done)} of {sum(wanted)} runs so far"
@@ -117,16 +134,18 @@ def judge(claim: papers.Claim, found: dict[str, Evidence]) -> Judged:
         alike = len(groups) > 1 and len(set(wanted)) == 1
         runs = f"{min(done)} x {len(groups)}" if alike else " + ".join(map(str, done))
         try:
-            interval = effect(claim, evidence, envs)
-        except ValueError as error:  # a ratio to a baseline whose mean is not positive
+            interval = effect(claim, evidence)
+        except ValueError as error:  # a baseline whose mean is not positive, a level never reached
             return Judged(claim, "inconclusive", scale, runs=runs, reason=str(error))
         return Judged(claim, stats.verdict(interval, claim.low, claim.high), scale, interval, runs)
     return Judged(claim, "not run", reason="; ".join(reasons))
 
 
-def effect(claim: papers.Claim, evidence: Evidence, envs: list[str]) -> stats.Interval:
+def effect(claim: papers.Claim, evidence: Evidence) -> stats.Interval:
+    envs = evidence.paper.claim_envs(claim)
+
     def tasks(run: str) -> list[np.ndarray]:
-        return [evidence.scores(run, e, claim.metric, claim.score, claim.step) for e in envs]
+        return [evidence.claim_scores(claim, run, env) for env in envs]
 
     if claim.numbers:
         numbers = [evidence.paper.number(name) for name in claim.numbers]
@@ -171,6 +190,14 @@ def kind(claim: papers.Claim) -> str:
         sign = "/" if claim.effect == "ratio" else "-"
         return f"{claim.run} {sign} {claim.baseline}"
     return words.get(claim.effect, f"`{claim.metric}`")
+
+
+def scored(claim: papers.Claim) -> str:
+    name = f"`{claim.metric}`, {claim.score.replace('_', ' ')}"
+    if claim.score == "steps_to":
+        return f"{name} {claim.share:g} of `{claim.share_of}`"
+    after = " after step" if claim.score == "mean" else ""
+    return name + (f"{after} {claim.step:,}" if claim.step else "")
 
 
 def cell(text: str) -> str:
@@ -269,14 +296,14 @@ def page(name: str, found: dict[str, Evidence], claims: list[Judged], pictures: 
         if value:
             runs = f"{judged.runs} runs at scale {judged.scale}"
             lines.append(f"- Effect: {kind(claim)}, {claim.statistic}: {value} {interval}, {runs}")
-        step = f" {claim.step:,}" if claim.step else ""
-        lines.append(f"- Holds for: {bounds(claim)}; score: `{claim.metric}`, {claim.score}{step}")
+        lines.append(f"- Holds for: {bounds(claim)}; score: {scored(claim)}")
         lines.append(
             f"- Source: {cell(claim.source)}" + f": {cell(claim.reported)}." * bool(claim.reported)
         )
         if claim.note:
             lines.append(f"- {cell(claim.note)}")
-        flag = f"--scale {judged.scale or next(iter(found))} --only {claim.id}"
+        parts = (scale for scale, e in found.items() if e.has_part(claim))
+        flag = f"--scale {judged.scale or next(parts, 'smoke')} --only {claim.id}"
         lines.append(f"- Repeat: `python -m benchmark run {name} {flag}`")
     for scale, evidence in found.items():
         if any(record["state"] == "done" for record in evidence.records.values()):
@@ -333,7 +360,8 @@ def table(evidence: Evidence) -> list[str]:
     lines = []
     for script, groups in scripts.items():
         head = groups[0][0].metrics[0]
-        names = [env or run.name for run, env in groups]
+        apart = len({run.name for run, _ in groups}) > 1  # environments alone do not say which
+        names = [f"{run.name} {env}".strip() if apart or not env else env for run, env in groups]
         lines += ["", f"`algos/{script}.py`, `{head}`: mean of the last 100 values of each run, "]
         lines[-1] += "last value, best value of the stored curve; mean +- standard deviation over "
         lines[-1] += "runs."
@@ -365,13 +393,14 @@ def table(evidence: Evidence) -> list[str]:
         flags = {f"`{run.name}`: `{' '.join(run.flags(evidence.scale))}`" for run, _ in groups}
         lines += ["", f"Flags: {'; '.join(sorted(flags))}."]
         teachers = {
-            f"{env}: `{record['teacher']}`"
+            f"{env}: `{record['teacher']}`, {number(record['teacher_score'])}"
             for run, env in groups
             for record in (evidence.records[job.name] for job in evidence.done(run.name, env))
             if "teacher" in record
         }
         if teachers:
-            lines += ["", f"Teachers: {'; '.join(sorted(teachers))}."]
+            listed = "; ".join(sorted(teachers))
+            lines += ["", f"Teachers, mean return of their last 100 episodes: {listed}."]
     return lines
 
 
@@ -448,19 +477,31 @@ def family_pictures(evidence: Evidence) -> dict[str, tuple[str, plots.Picture]]:
         for run in evidence.paper.runs:
             keys = picture.keys(run)
             for env in run.envs or [""]:
-                values = [evidence.scores(run.name, env, key, "last") for key in keys.values()]
-                if keys and len(values[0]):
-                    line = np.array(list(keys)), np.stack(values, 1)
+                done = evidence.done(run.name, env)
+                if keys and done:
+                    values = [family(evidence, job, keys, picture.best_of) for job in done]
+                    line = np.array(list(keys)), np.array(values)
                     panels.setdefault(env, {})[run.name] = line
         if panels:
             drawn = [
                 plots.Panel(env, picture.xlabel, picture.metric, lines)
                 for env, lines in panels.items()
             ]
-            text = f"{picture.about}; last values, mean and 95 % band over runs"
+            which = f"where {picture.best_of} was highest" if picture.best_of else "last values"
+            text = f"{picture.about}; {which}, mean and 95 % band over runs"
             file = f"{evidence.name}-{evidence.scale}-{picture.name}.png"
             found[file] = (text, plots.curves(drawn))
     return found
+
+
+def family(evidence: Evidence, job: jobs.Job, keys: dict[int, str], best_of: str) -> list[float]:
+    """Values of one run, in the order of `keys`: the last ones, or where `best_of` was highest."""
+    if not best_of:
+        return [evidence.records[job.name]["scores"][key]["last"] for key in keys.values()]
+    steps, values = evidence.curve(job, best_of)
+    best = steps[values.argmax()]
+    curves = [evidence.curve(job, key) for key in keys.values()]
+    return [float(values[steps == best][0]) for steps, values in curves]
 
 
 def curves_of(evidence: Evidence, done: list[jobs.Job], metric: str):

@@ -23,6 +23,7 @@ from filelock import FileLock
 
 RESULTS = Path(__file__).with_name("results")
 ROWS = 100
+RETURN = "charts/episodic_return"  # by which a teacher is chosen
 
 
 def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -36,6 +37,11 @@ def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         steps.append(int(step))
         values.append(float(value))
     return {key: (np.array(s), np.array(v)) for key, (s, v) in series.items()}
+
+
+def last_100(path: Path, key: str) -> float:
+    """Mean of the last 100 values of `key` in a metrics.csv. Raises KeyError without that key."""
+    return float(read_metrics(path)[key][1][-100:].mean())
 
 
 def scores(values: np.ndarray, curve: np.ndarray) -> dict[str, float]:

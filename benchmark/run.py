@@ -46,7 +46,7 @@ def plan(
             claim = paper.claim(only)
         except ValueError as error:
             raise UserError(f"--only: {error}") from error
-        wanted = {(r, e) for r in (claim.run, claim.baseline) for e in paper.claim_envs(claim)}
+        wanted = set(paper.claim_runs(claim))
     planned = []
     for seed in range(1, (seeds or paper.scales[scale].seeds) + 1):
         for run in paper.runs:

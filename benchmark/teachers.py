@@ -7,6 +7,7 @@ in that, at the next larger one.
 """
 
 import functools
+import math
 import shlex
 import subprocess
 import sys
@@ -14,11 +15,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmark import jobs, papers
+from benchmark import jobs, papers, results
 from benchmark.papers import Scale
+from benchmark.results import RETURN
 from rlhf import UserError
-
-METRIC = "charts/episodic_return"
 
 
 @functools.cache  # asked for each run of a plan, and it reads a file
@@ -29,8 +29,8 @@ def source(teacher: str, scale: Scale) -> tuple[str, str, Scale]:
         run = papers.load(name).run(run_name)
     except ValueError as error:
         raise UserError(f"teacher {teacher!r}: {error}") from error
-    if METRIC not in run.metrics:
-        raise UserError(f"teacher {teacher!r}: that run does not keep {METRIC}")
+    if RETURN not in run.metrics:
+        raise UserError(f"teacher {teacher!r}: that run does not keep {RETURN}")
     for larger in papers.SCALES[papers.SCALES.index(scale) :]:
         if run.flags(larger) is not None:
             return name, run_name, larger
@@ -50,7 +50,7 @@ def best(candidates: list[jobs.Job]) -> jobs.Job:
         raise UserError(
             f"the teacher is one of {len(candidates)} runs, of which {missing[0]} failed"
         )
-    return max(candidates, key=lambda job: stored[job.name]["scores"][METRIC]["last_100"])
+    return max(candidates, key=lambda job: stored[job.name]["scores"][RETURN]["last_100"])
 
 
 def provide(path: Path, candidates: list[jobs.Job], workers: int, console: Console) -> None:
@@ -67,6 +67,10 @@ def provide(path: Path, candidates: list[jobs.Job], workers: int, console: Conso
         console.print(f"{path.name}: making {teacher.name} again")
         if subprocess.run(teacher.command(sys.executable), cwd=jobs.ROOT).returncode:
             raise UserError(f"{shlex.join(teacher.command())} failed, see above")
+        known = teacher.stored()[teacher.name]["scores"][RETURN]["last_100"]
+        made = results.last_100(teacher.run_dir / "metrics.csv", RETURN)
+        if not math.isclose(made, known, rel_tol=1e-6):  # another machine, library or commit
+            console.print(f"{path.name}: returns {made:.4g} here, {known:.4g} in the results")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     path.symlink_to(teacher.run_dir.resolve(), target_is_directory=True)

@@ -10,12 +10,16 @@ import torch
 from envs import UserError
 
 
-def load_teacher(folder: Path, env_id: str, agent: torch.nn.Module) -> dict:
+def load_teacher(folder: Path | None, env_id: str, agent: torch.nn.Module, script: str) -> dict:
     """Fill `agent` from the newest whole checkpoint of `folder`: a run, or one checkpoint.
 
     Returns all that rank 0 saved. Raises UserError, one line, where there is no whole checkpoint,
     and where its agent is of another algorithm, acts in another environment or has diverged.
+    script: which makes such agents, for that line.
     """
+    maker = f"`python algos/{script}.py --env-id {env_id}` makes one"
+    if folder is None:
+        raise UserError(f"--teacher RUN is missing: {maker}")
     paths = [folder, *sorted(folder.glob("checkpoints/*[0-9]"), reverse=True)]
     path = next((path for path in paths if _is_whole(path)), None)
     if path is None:
@@ -29,7 +33,7 @@ def load_teacher(folder: Path, env_id: str, agent: torch.nn.Module) -> dict:
             raise UserError(f"--teacher {path}: {text}")
         agent.load_state_dict(saved["agent"])
     except (AttributeError, KeyError, RuntimeError, TypeError):
-        raise UserError(f"--teacher {path}: its agent is of another algorithm") from None
+        raise UserError(f"--teacher {path}: its agent is of another algorithm; {maker}") from None
     if not all(tensor.isfinite().all() for tensor in agent.state_dict().values()):
         raise UserError(f"--teacher {path}: its weights are not all finite numbers")
     if os.environ.get("RANK", "0") == "0":

@@ -36,7 +36,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from rlhf import UserError
+from rlhf import RewardError, UserError
+from rlhf.processes import gather_lists
 
 RewardFunction = Callable[..., Sequence[float]]
 PREFERENCE_FIELDS = ("prompt", "chosen", "rejected")
@@ -483,9 +484,9 @@ def load_prompts(tokenizer, args, config, task: Task | None = None) -> Task:
         options = {"prompt_field": args.prompt_field, "prompt_template": args.prompt_template}
         train = load_records(args.data, args.data_split, **options)
         if Path(args.data).is_file():
-            held_out = min(args.eval_prompts, len(train) // 2)
-            if held_out == 0:
+            if len(train) < 2:
                 raise UserError(f"{args.data}: one record is too few, as some are held out")
+            held_out = min(args.eval_prompts, len(train) // 2)
             train, test = train[:-held_out], train[-held_out:]
         else:
             test = load_records(args.data, args.eval_split, limit=args.eval_prompts, **options)
@@ -503,6 +504,12 @@ def load_prompts(tokenizer, args, config, task: Task | None = None) -> Task:
     if args.reward:
         task = dataclasses.replace(task, reward=load_reward(args.reward), lenient=None)
     return dataclasses.replace(task, train=kept[0], test=kept[1])
+
+
+def default_run_dir(args, script: str) -> Path:
+    """runs/TASK__SCRIPT__SEED; the task is --task, the name of --data, or the built-in stories."""
+    task = Path(args.data).stem.replace(":", "-") if args.data else getattr(args, "task", "stories")
+    return Path("runs") / f"{task}__{Path(script).stem}__{args.seed}"
 
 
 # === REWARDS =====================================================================================
@@ -635,6 +642,8 @@ def score(
             "completions (--reward-timeout)"
         ) from error
     except Exception as error:
+        if collective:  # the others are still inside: to wait for them would be for ever
+            raise RuntimeError(f"the reward model failed: {one_line(error)}") from error
         # The user's own line, even if it failed inside a library that it calls.
         frames = traceback.extract_tb(error.__traceback__)[1:] or traceback.extract_tb(
             error.__traceback__
@@ -676,7 +685,7 @@ def score_together(
     completions: Sequence[str],
     timeout: float | None = None,
 ) -> list[float]:
-    """`score` on every process for its own part; if it fails on one, all raise that one's error.
+    """`score` on every process for its own part; if it fails on one, all raise its RewardError.
 
     Otherwise one process would end with a clear line, and the others with a lost connection.
     """
@@ -685,11 +694,9 @@ def score_together(
     except UserError as caught:
         scores, error = [], str(caught)
     if dist.is_initialized():
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-        error = next((text for text in errors if text is not None), None)
+        error = next((text for text in gather_lists([error]) if text is not None), None)
     if error is not None:
-        raise UserError(error)
+        raise RewardError(error)
     return scores
 
 

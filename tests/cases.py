@@ -138,7 +138,11 @@ CASES = {
         "--teacher runs/tests/ppo_continuous_action__InvertedPendulum-v5",
         score=("eval/deterministic_return", 950),  # that of the parent
         prepare="tests.teacher ppo_continuous_action",
-        bad=S3RL_BAD | {"--num-minibatches 7": "--num-minibatches 7"},
+        bad=S3RL_BAD
+        | {
+            "--num-minibatches 7": "--num-minibatches 7",
+            "--env-id CartPole-v1": "acts in Hopper-v5",
+        },
     ),
     "ppo_rlhf_fsdp": Case(
         smoke="--total-episodes 320 --batch-size 16 --eval-prompts 16 --eval-every 8",

@@ -669,9 +669,13 @@ def test_best_seed_of_another_run_is_the_teacher(project):
     link = project.root / "runs" / "benchmark" / "teachers" / "fake-master--laptop"
     assert f"--teacher {link.relative_to(project.root)}" in made["pupil__builtin__1"]["command"]
     assert link.resolve().name.startswith("master__builtin__3__")  # scores grow with the seed
-    assert made["pupil__builtin__1"]["teacher"] == "master__builtin__3"
+    pupil, score = made["pupil__builtin__1"], "charts/episodic_return"
+    assert pupil["teacher"] == "master__builtin__3"
+    assert pupil["teacher_score"] == made["master__builtin__3"]["scores"][score]["last_100"]
     project.run("report")
-    assert "`master__builtin__3`" in (project.root / "docs" / "benchmark" / "fake.md").read_text()
+    page = (project.root / "docs" / "benchmark" / "fake.md").read_text()
+    assert f"`master__builtin__3`, {pupil['teacher_score']:.1f}" in page
+    assert "| pupil | 3 |" in page
 
     # results that came from another machine: its best run is made again, the others are not
     shutil.rmtree(project.root / "runs")
@@ -873,7 +877,7 @@ def test_verdicts_by_hand():
     assert one(0.0, 10.0, 12.0, 99.0)[2:4] == ("4", "")
     assert one(0.0, 10.0, 12.0, 99.0)[4][0] == 11
 
-    versus = claimed(1.5, effect="ratio", baseline="old")
+    versus = claimed(1.5, effect="ratio", baseline="old", statistic="mean")
     found = judged(versus, evidence(versus, "paper", [6.0] * 3, [2.0, 2.0, 2.0, 2.0]))
     assert found == ("reproduced", "paper", "3 x 2", "", (3, 3, 3))
     versus = claimed(5.0, effect="difference", baseline="old")
@@ -894,14 +898,14 @@ def test_verdict_needs_all_runs():
     assert judged(paper, evidence(paper, "paper", [12.0] * 2), complete)[:2] == (good, "laptop")
     assert judged(paper, evidence(paper, "paper", [12.0] * 3), complete)[:2] == (good, "paper")
     # of both sides
-    versus = claimed(1.5, effect="ratio", baseline="old")
+    versus = claimed(1.5, effect="ratio", baseline="old", statistic="mean")
     found = judged(versus, evidence(versus, "paper", [6.0] * 3, [2.0]))
     assert found == ("not run", "", "", "paper: 4 of 6 runs so far", None)
 
 
 def test_verdict_of_a_run_with_fewer_seeds():
     """A side needs the seeds that it has, and at least three."""
-    paper = claimed(1.5, effect="ratio", baseline="old")
+    paper = claimed(1.5, effect="ratio", baseline="old", statistic="mean")
     old = paper.run("old").model_copy(update={"seeds": 3})
     scales = {"paper": paper.scales["paper"].model_copy(update={"seeds": 5})}
     paper = paper.model_copy(update={"runs": [paper.run("new"), old], "scales": scales})
@@ -926,7 +930,7 @@ def test_failed_runs_and_verdicts():
 
 
 def test_effects_that_cannot_be_had():
-    versus = claimed(1.5, effect="ratio", baseline="old")
+    versus = claimed(1.5, effect="ratio", baseline="old", statistic="mean")
     found = judged(versus, evidence(versus, "paper", [6.0] * 3, [-2.0] * 3))
     assert found[0] == "inconclusive" and "positive" in found[3]
     # a shorter run does not test a value of a longer one
@@ -1040,6 +1044,101 @@ def test_picture_of_a_family_of_metrics(tmp_path):
     records["one__E__1"]["scores"]["eval/x@4"]["last"] += 1
     [(_, other)] = report.family_pictures(found).values()
     assert not other.is_at(tmp_path / file)
+
+
+CURVES = {  # seed: value of "m" and of "k@2" at steps 100 to 400
+    1: ([1.0, 4.0, 2.0, 9.0], [5.0, 6.0, 7.0, 8.0]),
+    2: ([1.0, 8.0, 6.0, 3.0], [1.0, 2.0, 3.0, 4.0]),
+    3: ([1.0, 1.0, 1.0, 1.0], [9.0, 8.0, 7.0, 6.0]),
+}
+
+
+@pytest.fixture
+def with_curves(tmp_path):
+    """Evidence of three runs with the curves above, for claims that are given as a dictionary."""
+
+    def make(claim, picture=None):
+        about = {"title": "t", "authors": "a", "year": 2026, "link": "l"}
+        base = {"script": "ppo", "laptop": "", "metrics": ["m", "k@2"]}
+        runs = [base | {"name": "new", "paper": ""}, base | {"name": "old"}]
+        words = {"id": "c", "statement": "s", "source": "s", "run": "new", "metric": "m", "low": 0}
+        paper = Paper(
+            paper=about,
+            scales={name: {"seeds": 3, "about": "x"} for name in ("laptop", "paper")},
+            runs=runs,
+            claims=[words | claim],
+            pictures=[picture] if picture else [],
+        )
+        planned, records = [], {}
+        for seed, columns in CURVES.items():
+            job = run.job("p", "laptop", paper.run("new"), "", seed, [], tmp_path)
+            rows = zip((100, 200, 300, 400), *columns, strict=True)
+            text = "step,m,k@2\n" + "".join(f"{s},{m},{k}\n" for s, m, k in rows)
+            path = tmp_path / "p" / "laptop" / f"{job.name}.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            planned.append(job)
+            scores = {key: {"last": c[-1]} for key, c in zip(job.metrics, columns, strict=True)}
+            records[job.name] = {"state": "done", "command": shlex.join(job.command())}
+            records[job.name]["scores"] = scores
+        return report.Evidence("p", paper, "laptop", records, planned, tmp_path)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("claim", "scores"),
+    [
+        ({"score": "mean"}, [4.0, 4.5, 1.0]),
+        ({"score": "mean", "step": 200}, [5.5, 4.5, 1.0]),  # the stretch that ends there is over
+        ({"score": "at_step", "step": 240}, [4.0, 8.0, 1.0]),
+        # the last values of k@2 are 8, 4 and 6, so half of their mean is 3; one run stays below it
+        ({"score": "steps_to", "share": 0.5, "share_of": "k@2"}, [200, 200, 400]),
+        ({"score": "last"}, [9.0, 3.0, 1.0]),
+    ],
+)
+def test_scores_of_curves(claim, scores, with_curves):
+    found = with_curves(claim)
+    assert found.claim_scores(found.paper.claims[0], "new", "").tolist() == scores
+
+
+@pytest.mark.parametrize("share", [-0.5, 5.0])
+def test_level_that_no_run_reaches_says_nothing(share, with_curves):
+    found = with_curves({"score": "steps_to", "share": share, "share_of": "k@2"})
+    with pytest.raises(ValueError, match="no run reaches"):
+        found.claim_scores(found.paper.claims[0], "new", "")
+
+
+def test_picture_of_the_best_evaluation(with_curves):
+    picture = {"name": "x", "metric": "k@*", "xlabel": "size", "about": "k", "best_of": "m"}
+    [(text, drawn)] = report.family_pictures(with_curves({}, picture)).values()
+    _, [panel] = drawn.data
+    assert "where m was highest" in text
+    assert panel.lines["new"][1].tolist() == [[8.0], [2.0], [9.0]], "the first of equal ones"
+
+
+def test_claims_name_the_largest_scale_that_runs_all_of_them(with_curves, monkeypatch):
+    """The baseline has no part in the scale "paper"."""
+    found = with_curves({"baseline": "old", "effect": "difference"})
+    paper = found.paper
+    jobs = [run.job("p", "paper", paper.run("new"), "", 1, [], found.folder)]
+    larger = report.Evidence("p", paper, "paper", {}, jobs, found.folder)
+    both = [*found.planned, run.job("p", "laptop", paper.run("old"), "", 1, [], found.folder)]
+    found = report.Evidence("p", paper, "laptop", {}, both, found.folder)
+    claims = [report.judge(claim, {}) for claim in paper.claims]
+    monkeypatch.setattr(report.papers, "load", lambda name: paper)
+    page = report.page("p", {"paper": larger, "laptop": found}, claims, [])
+    assert "run p --scale laptop --only c`" in page
+
+
+def test_every_command_of_the_pages_has_something_to_run():
+    commands = []
+    for path in (report.DOCS / "benchmark").glob("*.md"):
+        commands += re.findall(r"`python -m benchmark run ([^`]+)`", path.read_text())
+    for words in commands:
+        name, _, scale, _, claim = words.split()
+        assert run.plan(name, scale, only=claim)
+    assert len(commands) > 50
 
 
 def test_committed_pages_match_results():

@@ -4,12 +4,16 @@ That every script has a page is in test_house.py; line numbers of links are in t
 """
 
 import ast
+import importlib
+import itertools
 import re
 import shlex
 
 import pytest
+import tyro
 
 from benchmark.links import pages
+from rlhf.tasks import default_run_dir
 from tests.launch import ROOT, SCRIPTS, run
 from tests.test_contracts import smoke_flags
 
@@ -150,6 +154,68 @@ def test_commands_are_known(page):
             check_command(words)
         except AssertionError as error:
             raise AssertionError(f"{' '.join(words)}\n{error}") from error
+
+
+def start_in_order(texts, monkeypatch):
+    """Raise AssertionError where a command for a language model finds the run of another one in its
+    directory, or resumes one of another number of processes."""
+    processes_of = {}
+    for words in [words for text in texts for words in commands(text)]:
+        paths = [word for word in words if re.fullmatch(r"algos/\w+_fsdp\.py", word)]
+        if not paths or "--help" in words:
+            continue
+        counts = dict(itertools.pairwise(words[: words.index(paths[0])]))
+        processes = int(counts.get("--nproc_per_node", 1)) * int(counts.get("--nnodes", 1))
+        monkeypatch.setenv("WORLD_SIZE", str(processes))  # the batch must go into equal parts
+        script = importlib.import_module(paths[0].removesuffix(".py").replace("/", "."))
+        args = tyro.cli(script.Args, args=words[words.index(paths[0]) + 1 :])
+        run_dir = str(args.run_dir or default_run_dir(args, paths[0]))
+        if args.resume:  # auto starts a run where there is none
+            known = processes_of.get(run_dir, processes)
+            assert known == processes, f"that of {known} processes: {' '.join(words)}"
+        else:
+            assert run_dir not in processes_of, f"{run_dir} holds a run: {' '.join(words)}"
+        processes_of[run_dir] = processes
+
+
+@every_page
+def test_commands_of_a_page_run_in_order(page, monkeypatch):
+    start_in_order(re.findall(r"^```sh\n.*?^```", page.read_text(), re.M | re.S), monkeypatch)
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name.endswith("_fsdp")])
+def test_commands_of_a_docstring_run_in_order(script, monkeypatch):
+    docstring = ast.get_docstring(ast.parse((ROOT / "algos" / f"{script}.py").read_text()))
+    [runs] = re.findall(r"^Run: (.*?)\n\n", docstring, re.M | re.S)
+    start_in_order([f"```sh\n{runs}\n```"], monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("python algos/x.py\npython algos/x.py --kl-coef 0", "holds a run: .*kl-coef"),
+        ("torchrun --nproc_per_node 2 algos/x.py\npython algos/x.py --resume auto", "of 2 proc"),
+    ],
+)
+def test_commands_that_cannot_follow_each_other_are_found(text, reason, monkeypatch):
+    with pytest.raises(AssertionError, match=reason):
+        start_in_order([f"```sh\n{text.replace('x.py', 'grpo_fsdp.py')}\n```"], monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("flags", "run_dir"),
+    [
+        ({}, "runs/number_sorting__grpo_fsdp__1"),
+        ({"task": "countdown", "seed": 3}, "runs/countdown__grpo_fsdp__3"),
+        ({"data": "a/prompts.jsonl"}, "runs/prompts__grpo_fsdp__1"),
+        ({"data": "openai/gsm8k:main"}, "runs/gsm8k-main__grpo_fsdp__1"),
+    ],
+)
+def test_run_directory_is_named_by_the_task(flags, run_dir):
+    script = importlib.import_module("algos.grpo_fsdp")
+    needed = {"model": "M", "reward": "m:f"} if "data" in flags else {}
+    args = script.Args(**flags, **needed)
+    assert str(default_run_dir(args, script.__file__)) == run_dir
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """GRPO: its equations by hand and on a tabular policy, groups, sampling, and one process against
 two. The pitfalls of papers/grpo.md, section 7, are named where a test guards against one."""
 
-import atexit
+import copy
 import json
 import math
 import os
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from algos import grpo_fsdp as script
 from rlhf import UserError
@@ -25,7 +25,7 @@ from rlhf.batches import Response, micro_batches, response_batch, split, stack
 from rlhf.lora import choose_trained, merged
 from rlhf.sft import save_folder
 from rlhf.tiny_lm import build_model, build_tokenizer, character_tokenizer
-from tests.launch import ROOT, assert_same_run, checkpoints, digests
+from tests.launch import ROOT, assert_same_run, checkpoints, process_group_of_one
 from tests.test_ppo_rlhf import some_batch, tiny
 from tests.test_reward_model import causal_folder
 
@@ -35,12 +35,7 @@ HOW = ["sequence", "token", "constant"]
 @pytest.fixture(autouse=True, scope="module")
 def group_of_one():
     """The functions of the script talk to a process group, here of this process alone."""
-    if not dist.is_initialized():
-        script.setup_process("cpu")
-        yield
-        dist.destroy_process_group()
-        atexit.unregister(dist.destroy_process_group)  # of setup_process; other tests make a group
-    else:
+    with process_group_of_one(script):
         yield
 
 
@@ -780,6 +775,31 @@ def test_scores_are_at_the_temperature_of_the_sampler(writer):
     assert (batch["logprobs"] - batch["sampled_logprobs"]).abs().mean() > 0.1
 
 
+def test_dropout_is_off_in_sampler_scorer_and_update(writer):
+    """Pitfall 9: with a model that has it, and that somebody left in training mode."""
+    drop = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.5)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    sizes |= {"vocab_size": len(writer.tokenizer), "eos_token_id": writer.tokenizer.eos_token_id}
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **drop)).train()
+    args = script.Args(num_minibatches=2, response_length=8, kl_coef=0.1)
+    replica, reference = copy.deepcopy(model), script.Policy(copy.deepcopy(model))
+    policy, mesh = script.Policy(model), script.init_device_mesh("cpu", (1,))
+    script.shard(reference, mesh, args, frozen=True)
+    parameters = script.shard(policy, mesh, args)
+    records = [{"ids": [2, 5 + i]} for i in range(8)]
+    responses = script.respond(replica, writer.tokenizer, records, 3, args)
+    batch = response_batch([r["ids"] for r in records], stack(responses, torch.device("cpu")), 8)
+    batch["advantages"] = torch.tensor([1.0, -1.0] * 4)
+    script.score_tokens(policy, reference, batch, args)
+    still = torch.optim.SGD(list(parameters.values()), lr=0.0)
+    metrics = script.update(policy, still, batch, args)
+    for name in ("approx_kl", "kl", "clipfrac_low", "clipfrac_high"):
+        assert metrics[f"losses/{name}"] == pytest.approx(0, abs=1e-9), name
+    assert metrics["losses/sampler_mismatch"] < 1e-5
+    assert metrics["losses/grad_norm"] > 0
+
+
 def tiny_copy(model):
     other = type(model)(model.config)
     other.load_state_dict(model.state_dict())
@@ -901,7 +921,7 @@ def start(tmp_path, monkeypatch):
         (tmp_path / "user.py").write_text(reward)
         words = f"--model {folder} --data {tmp_path / 'data.jsonl'} --reward {tmp_path}/user.py:f "
         words += f"--run-dir {tmp_path / 'run'} --batch-size 8 --group-size 4 --total-episodes 24 "
-        words += "--eval-prompts 4 --eval-samples 2 --response-length 5 --save-every 0"
+        words += "--eval-prompts 4 --eval-samples 2 --response-length 5"
         script.main(tyro.cli(script.Args, args=[*words.split(), *map(str, flags)]))
 
     run.folder, run.run_dir = folder, tmp_path / "run"
@@ -931,6 +951,7 @@ def test_run_counts_groups_of_equal_scores(start):
 
 def test_adapters_alone_are_saved_and_resumed(start):
     flags = "--train lora --lora-rank 4 --num-minibatches 2 --dynamic-sampling".split()
+    flags += ["--save-every", 0]
     start(LENGTH, *flags)
     newest = checkpoints(start.run_dir)[-1]
     for kind in ("weight", "exp_avg", "exp_avg_sq", "step"):
@@ -962,7 +983,7 @@ def test_adapters_alone_are_saved_and_resumed(start):
 )
 @pytest.mark.parametrize("good_calls", [0, 2])
 def test_bad_rewards_are_one_line_and_nothing_is_lost(body, words, good_calls, start):
-    """At the first evaluation, and after the first update, whose checkpoint stays whole."""
+    """At the first evaluation, and after the first update, which is saved though none was due."""
     code = "calls = 0\ndef f(prompts, completions, **c):\n    global calls; calls += 1\n"
     code += f"    if calls > {good_calls}:\n        {body}\n    return [0.5] * len(completions)\n"
     with pytest.raises(UserError, match=words) as caught:
@@ -971,25 +992,26 @@ def test_bad_rewards_are_one_line_and_nothing_is_lost(body, words, good_calls, s
     kept = checkpoints(start.run_dir)
     assert [int(path.name) for path in kept] == ([] if good_calls == 0 else [0, 8])
     assert all(script.damage(path) is None for path in kept)
-    if good_calls:  # with a sound reward it goes on from there
-        before = digests(kept[0])
-        start(LENGTH, "--reward-timeout", 0.5, "--resume", "auto")
-        assert before and int(checkpoints(start.run_dir)[-1].name) == 24
+    if good_calls:  # with a sound reward, or with more time, it goes on from there
+        assert f"--resume auto continues from {kept[1]}" in str(caught.value)
+        start(LENGTH, "--reward-timeout", 30, "--resume", "auto")
+        assert int(checkpoints(start.run_dir)[-1].name) == 24
 
 
 def test_reward_that_fails_under_torchrun_is_one_line(tmp_path):
-    """On one of two processes: both end with its line, none hangs."""
+    """On one of two processes, in the second update: both end with its line, the first is saved."""
     folder = causal_folder(tmp_path / "lm")
     lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS]
     (tmp_path / "data.jsonl").write_text("".join(lines))
-    body = "def f(prompts, completions, **c):\n    import os\n"
-    body += "    return [float('nan' if os.environ['RANK'] == '1' else 1)] * len(completions)\n"
+    body = "import os\ncalls = 0\ndef f(prompts, completions, **c):\n    global calls; calls += 1\n"
+    body += "    bad = os.environ['RANK'] == '1' and calls == 3\n"  # the first one is an evaluation
+    body += "    return [float('nan' if bad else len(t)) for t in completions]\n"
     (tmp_path / "user.py").write_text(body)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", "2", str(ROOT / "algos/grpo_fsdp.py"), "--model", str(folder)]
     command += ["--data", str(tmp_path / "data.jsonl"), "--reward", f"{tmp_path}/user.py:f"]
     command += ["--run-dir", str(tmp_path / "run"), "--eval-samples", "2"]
-    command += "--batch-size 8 --group-size 4 --total-episodes 8 --eval-prompts 4".split()
+    command += "--batch-size 8 --group-size 4 --total-episodes 24 --eval-prompts 4".split()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode != 0
@@ -997,6 +1019,9 @@ def test_reward_that_fails_under_torchrun_is_one_line(tmp_path):
     assert errors and all("returned nan for the prompt" in line for line in errors), done.stderr
     ours = [line for line in done.stderr.splitlines() if line.startswith("[rank")]
     assert not [line for line in ours if "Traceback" in line], ours
+    kept = checkpoints(tmp_path / "run")
+    assert [int(path.name) for path in kept] == [0, 8]
+    assert all(script.damage(path) is None for path in kept)
 
 
 def test_long_prompts_are_left_out_with_a_count(start, capfd):
@@ -1006,6 +1031,12 @@ def test_long_prompts_are_left_out_with_a_count(start, capfd):
     with pytest.raises(UserError, match="every prompt has over 2 tokens"):
         start(LENGTH, "--max-prompt-tokens", 2, "--run-dir", start.run_dir.with_name("other"))
     assert not start.run_dir.with_name("other").exists()
+
+
+def test_one_record_cannot_be_held_out_and_trained_on(start):
+    with pytest.raises(UserError, match="one record is too few"):
+        start(LENGTH, prompts=["the ring"])
+    assert not start.run_dir.exists()
 
 
 def test_prompts_fit_the_positions_of_the_model(start, tmp_path):
@@ -1042,6 +1073,17 @@ def test_tokenizer_without_pad_or_eos(missing, start):
         ("--reward-model x", "--data needs"),
         ("--curriculum", "--data needs"),
         ("--overlong-penalty-tokens -1", "--overlong-penalty-tokens"),
+        ("--overlong-penalty-tokens 6", "penalty-tokens 6: want no more than --response-length 5"),
+        ("--clip-coef 0", "--clip-coef 0.0: want more than 0"),
+        ("--clip-coef nan", "--clip-coef nan: want more than 0"),
+        ("--clip-coef-high -0.1", "--clip-coef-high -0.1: want 0 or more"),
+        ("--tis-cap 0", "--tis-cap 0.0: want more than 0"),
+        ("--learning-rate 0", "--learning-rate 0.0: want more than 0"),
+        ("--warmup-updates -1", "--warmup-updates -1: want 0 or more"),
+        ("--success-score nan", "--success-score nan: want a finite number"),
+        ("--success-score inf", "--success-score inf: want a finite number"),
+        ("--reward-timeout 0", "--reward-timeout 0.0: want more than 0"),
+        ("--eval-prompts 0", "--eval-prompts 0: want 1 or more"),
     ],
 )
 def test_impossible_flags(flags, words, start):

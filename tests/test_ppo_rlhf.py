@@ -1,6 +1,5 @@
 """PPO-RLHF: its equations by hand, its padding and positions, and FSDP against one process."""
 
-import atexit
 import json
 import math
 import os
@@ -24,10 +23,11 @@ from transformers import (
 )
 
 from algos import ppo_rlhf_fsdp as script
+from rlhf import UserError
 from rlhf.batches import micro_batches, response_batch
 from rlhf.logprobs import completion_logprobs
 from rlhf.sampler import Completions
-from tests.launch import ROOT, needs_compiler
+from tests.launch import ROOT, needs_compiler, process_group_of_one
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 61}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -53,12 +53,7 @@ FAMILIES = [(f, t) for f in ("llama", "qwen3", "gemma3", "gpt2") for t in (True,
 @pytest.fixture(autouse=True, scope="module")
 def group_of_one():
     """The functions of the script talk to a process group, here of this process alone."""
-    if not dist.is_initialized():
-        script.setup_process("cpu")
-        yield
-        dist.destroy_process_group()
-        atexit.unregister(dist.destroy_process_group)  # of setup_process; other tests make a group
-    else:
+    with process_group_of_one(script):
         yield
 
 
@@ -456,6 +451,25 @@ def test_own_reward_and_ragged_responses_run_through(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "run" / "training.png").stat().st_size > 1000
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "policy")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", 0.0),
+        ("critic_learning_rate", -1e-4),
+        ("clip_coef", 0.0),
+        ("vclip_coef", -0.2),
+        ("kl_coef", -0.05),
+        ("kl_target", 0.0),
+        ("max_grad_norm", math.nan),
+        ("eval_prompts", 0),
+        ("response_length", 0),
+    ],
+)
+def test_impossible_values(name, value):
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value}: want"):
+        script.Args(**{name: value})
 
 
 def test_log_probabilities_do_not_need_the_wrapper():

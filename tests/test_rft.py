@@ -263,6 +263,22 @@ def test_demonstrations_are_only_of_the_built_in_model(other):
         script.Args(source="demonstrations", **other)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", 0.0),
+        ("warmup_updates", -1),
+        ("success_score", math.nan),
+        ("eval_prompts", 0),
+        ("group_size", 0),
+        ("reward_timeout", -1.0),
+    ],
+)
+def test_impossible_values(name, value):
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value}: want"):
+        script.Args(**{name: value})
+
+
 def launch(tmp_path, name, reward, *flags):
     """Six updates of a tiny random model; returns scores, counts kept, weights before and after."""
     from tests.test_reward_model import causal_folder

@@ -18,12 +18,26 @@ from envs.make import make_env, make_vector_env
 from envs.moments import RunningMoments
 from envs.state import can_save_state, play_and_save, restore
 from envs.teacher import load_teacher
-from tests.launch import Run, assert_same_run, checkpoints, content, rows, run, same
+from tests.launch import (
+    Run,
+    assert_same_run,
+    checkpoints,
+    content,
+    needs_compiler,
+    rows,
+    run,
+    same,
+)
 from tests.test_contracts import one_line_error
 
 PARENTS = {f"s3rl_{base}": f"{base}_continuous_action" for base in ("td3", "sac", "ppo")}
 every_script = pytest.mark.parametrize(
     "script", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in PARENTS]
+)
+TASKS = [*((script, "Pendulum-v1") for script in PARENTS), ("s3rl_ppo", "CartPole-v1")]
+every_task = pytest.mark.parametrize(
+    ("script", "env_id"),
+    [pytest.param(*task, marks=pytest.mark.xdist_group(task[0])) for task in TASKS],
 )
 # flags of short runs on Pendulum-v1, whose episodes last 200 steps
 OFF_POLICY = "--learning-starts 100 --batch-size 16 --log-every 10"
@@ -33,7 +47,8 @@ SHORT = {
     "s3rl_ppo": "--num-steps 40 --num-minibatches 2 --update-epochs 2",
 }
 IDS = "Ant-v5 HalfCheetah-v5 Hopper-v5 Humanoid-v5 Swimmer-v5 Walker2d-v5 Reacher-v5 "
-IDS += "InvertedPendulum-v5 Pendulum-v1 MountainCarContinuous-v0 CartPole-v1 Acrobot-v1"
+IDS += "InvertedPendulum-v5 Pendulum-v1 MountainCarContinuous-v0 "
+DISCRETE = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,23 +64,27 @@ def module(script):
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """teacher(script): the folder of a run of its parent on Pendulum-v1."""
+    """teacher(script, env_id): the folder of a run that makes its teachers."""
     done = {}
 
-    def get(script):
-        if script not in done:
+    def get(script, env_id="Pendulum-v1"):
+        if (script, env_id) not in done:
             folder = tmp_path_factory.mktemp("teacher") / "run"
-            words = f"--env-id Pendulum-v1 --eval-episodes 1 {SHORT[script]}"
-            run(PARENTS[script], 1, *words.split(), "--total-timesteps", 400, "--run-dir", folder)
-            done[script] = folder
-        return done[script]
+            maker = "ppo" if env_id in DISCRETE else PARENTS[script]
+            flags = [*short_flags(script, env_id), "--total-timesteps", 400, "--run-dir", folder]
+            run(maker, 1, *flags)
+            done[script, env_id] = folder
+        return done[script, env_id]
 
     return get
 
 
-def short_run(script, run_dir, *flags):
-    words = f"--env-id Pendulum-v1 --eval-episodes 1 {SHORT[script]}".split()
-    run(script, 1, *words, *flags, "--run-dir", run_dir)
+def short_flags(script, env_id="Pendulum-v1"):
+    return f"--env-id {env_id} --eval-episodes 1 {SHORT[script]}".split()
+
+
+def short_run(script, run_dir, *flags, env_id="Pendulum-v1"):
+    run(script, 1, *short_flags(script, env_id), *flags, "--run-dir", run_dir)
     return run_dir
 
 
@@ -109,7 +128,7 @@ class Recorder(gym.Wrapper):
         return result
 
 
-@pytest.mark.parametrize("env_id", IDS.split())
+@pytest.mark.parametrize("env_id", IDS.split() + DISCRETE)
 def test_restored_snapshots_continue_to_the_last_bit(env_id):
     """After a checkpoint's save and load, in any order, in an environment that has moved on."""
     env = Recorder(make_env(env_id))
@@ -219,7 +238,7 @@ def test_values_of_sac_are_those_of_the_actions_taken(teacher, monkeypatch):
     sac.take_snapshots(SimpleNamespace(env_id="Pendulum-v1", teacher=folder, **plan))
     env = make_env("Pendulum-v1")
     agent = sac.Agent(env.observation_space, env.action_space)
-    load_teacher(folder, "Pendulum-v1", agent)
+    load_teacher(folder, "Pendulum-v1", agent, "sac_continuous_action")
     act, generator, inputs, means = sac.numpy_policy(agent), np.random.default_rng(20_003), [], []
     for episode in range(2):
         obs, _ = env.reset(seed=20_003 + episode)
@@ -333,8 +352,7 @@ def test_without_a_first_phase_it_is_the_parent(script, tmp_path):
     """The same parameters, buffer, random numbers and logs, to the last bit."""
     flags = ["--total-timesteps", 600]
     mine = short_run(script, tmp_path / "child", *flags, "--snapshot-timesteps", 0)
-    words = f"--env-id Pendulum-v1 --eval-episodes 1 {SHORT[script]}".split()
-    run(PARENTS[script], 1, *words, *flags, "--run-dir", tmp_path / "parent")
+    run(PARENTS[script], 1, *short_flags(script), *flags, "--run-dir", tmp_path / "parent")
     a, b = (content(checkpoints(path)[-1]) for path in (mine, tmp_path / "parent"))
     assert a.pop("rank0.pt/snapshots") is None
     b = {name: leaf for name, leaf in b.items() if "/best/" not in name}  # of --eval-lengths
@@ -384,40 +402,193 @@ def test_moments_of_ppo_stay_at_the_switch(teacher, tmp_path):
     assert saved["return_moments"]["sums"][0] == pytest.approx(960 + 1e-4)
 
 
-@every_script
-def test_resumed_first_phase_needs_no_teacher(script, teacher, tmp_path):
-    folder = shutil.copytree(teacher(script), tmp_path / "teacher")
+@every_task
+def test_resumed_first_phase_needs_no_teacher(script, env_id, teacher, tmp_path):
+    folder = shutil.copytree(teacher(script, env_id), tmp_path / "teacher")
     flags = ["--snapshot-timesteps", 400, "--total-timesteps", 640, "--teacher", folder]
     flags += ["--save-every", 0]
-    whole = short_run(script, tmp_path / "whole", *flags)
+    whole = short_run(script, tmp_path / "whole", *flags, env_id=env_id)
     # the same run, which is cut off in its first phase
     part = tmp_path / "part"
-    interrupted_in_first_phase(script, part, flags)
+    interrupted_in_first_phase(script, part, [*short_flags(script, env_id), *flags])
     newest = checkpoints(part)[-1]
     assert int(newest.name) < 400
     saved = torch.load(newest / "rank0.pt", weights_only=True)
     assert saved["snapshots"]["probabilities"].sum() == pytest.approx(1)
     shutil.rmtree(folder)
-    short_run(script, part, *flags, "--resume", "auto")
+    short_run(script, part, *flags, "--resume", "auto", env_id=env_id)
     assert_same_run(part, whole)
 
 
 def interrupted_in_first_phase(script, run_dir, flags):
-    words = f"--env-id Pendulum-v1 --eval-episodes 1 {SHORT[script]}".split()
-    with Run(script, 1, *words, *flags, "--run-dir", run_dir) as started:
+    with Run(script, 1, *flags, "--run-dir", run_dir) as started:
         started.poll_until(lambda: checkpoints(run_dir) and int(checkpoints(run_dir)[-1].name) > 99)
         started.kill()
+
+
+# DISCRETE ACTIONS ================================================================================
+
+
+def agent_with_logits(logits, env_id="CartPole-v1"):
+    """Of s3rl_ppo, with these logits in every state."""
+    env = make_env(env_id)
+    agent = module("s3rl_ppo").Agent(env.observation_space, env.action_space)
+    torch.nn.init.zeros_(agent.actor[-1].weight)
+    agent.actor[-1].bias.data.copy_(torch.tensor(logits))
+    return agent
+
+
+def test_categorical_by_hand():
+    """Logits log 1, log 2, log 5: the probabilities are 1/8, 1/4 and 5/8."""
+    agent = agent_with_logits(np.log([1, 2, 5]), "Acrobot-v1")
+    actions = torch.tensor([[0, 1], [2, 2], [1, 0]])
+    logprob, entropy = agent.logprob_and_entropy(torch.randn(3, 2, 6), actions)
+    torch.testing.assert_close(logprob, torch.tensor([1 / 8, 1 / 4, 5 / 8]).log()[actions])
+    # -1/8 log 1/8 - 1/4 log 1/4 - 5/8 log 5/8
+    expected = (3 / 8 + 1 / 2 + 15 / 8) * np.log(2) - 5 / 8 * np.log(5)
+    torch.testing.assert_close(entropy, torch.full((3, 2), expected, dtype=torch.float32))
+
+
+def test_categorical_gradients_against_torch():
+    env, obs = make_env("Acrobot-v1"), torch.randn(50, 6)
+    agent = module("s3rl_ppo").Agent(env.observation_space, env.action_space)
+    agent.actor[-1].weight.data.normal_()
+    actions, found = torch.randint(3, (50,)), []
+    distribution = torch.distributions.Categorical(logits=agent.actor(obs))
+    for logprob, entropy in (
+        agent.logprob_and_entropy(obs, actions),
+        (distribution.log_prob(actions), distribution.entropy()),
+    ):
+        agent.zero_grad()
+        (logprob.exp().sum() + 2 * entropy.sum()).backward()
+        found.append([logprob, entropy, *(p.grad.clone() for p in agent.actor.parameters())])
+    torch.testing.assert_close(*found)
+
+
+def test_frequencies_of_discrete_actions():
+    agent, obs, n = agent_with_logits(np.log([1, 3])), np.zeros((4000, 4), np.float32), 4000
+    policy = partial(module("s3rl_ppo").frozen_policy, agent, np.float32, 0)
+    assert (policy(deterministic=True)(obs) == 1).all()
+    assert abs(policy(deterministic=False)(obs).mean() - 3 / 4) < 4 * (3 / 16 / n) ** 0.5
+
+
+def test_rollout_of_discrete_actions():
+    """They have their frequencies, and the environment got them: a replay sees the same."""
+    ppo, agent, n = module("s3rl_ppo"), agent_with_logits(np.log([1, 3])), 2000
+    envs = make_vector_env("CartPole-v1", 2)
+    moments, replayed = RunningMoments((4,)), RunningMoments((4,))
+    args = SimpleNamespace(num_steps=n, gamma=0.9, gae_lambda=0.9)
+    state = ppo.reset(envs, moments, 5)
+    batch, _ = ppo.rollout(envs, agent, state, moments, RunningMoments(), args, torch.device("cpu"))
+    actions = batch["actions"]
+    assert actions.shape == (n, 2) and actions.dtype == torch.int64
+    assert abs(actions.float().mean() - 3 / 4) < 4 * (3 / 16 / (2 * n)) ** 0.5
+    logprob = torch.tensor([1 / 4, 3 / 4]).log()[actions]
+    torch.testing.assert_close(batch["logprobs"], logprob)
+    ppo.reset(envs, replayed, 5)
+    for row in actions.numpy():
+        obs, *_, infos = envs.step(row)
+        for i in np.flatnonzero(infos.get("_final_obs", ())):
+            replayed.update(infos["final_obs"][i][None])
+        replayed.update(obs)
+    assert np.array_equal(moments.sums, replayed.sums)
+
+
+def test_a_teacher_of_ppo_sees_raw_observations(teacher, monkeypatch):
+    """Its draws, and eq. (9), by playing its episodes again with the networks of ppo.py."""
+    child, parent, seen = module("s3rl_ppo"), module("ppo"), []
+    found = np.array([0.5, 0.5]), np.array([1, 1])
+    monkeypatch.setattr(child, "start_probabilities", lambda *inputs: seen.append(inputs) or found)
+    plan = {"seed": 3, "teacher_episodes": 5, "snapshot_every": 7, "clusters": 6}
+    folder, env = teacher("s3rl_ppo", "CartPole-v1"), make_env("CartPole-v1")
+    args = SimpleNamespace(env_id="CartPole-v1", teacher=folder, **plan)
+    _, facts = child.take_snapshots(args)
+    agent = parent.Agent(env.observation_space, env.action_space)
+    load_teacher(folder, "CartPole-v1", agent, "ppo")
+    actor, generator, inputs = parent.numpy_mlp(agent.actor), np.random.default_rng(20_003), []
+    for episode in range(5):
+        obs, _ = env.reset(seed=20_003 + episode)
+        done = False
+        while not done:
+            inputs.append(obs)
+            logits = actor(obs) + generator.gumbel(size=2)
+            obs, _, terminated, truncated, _ = env.step(logits.argmax())
+            done = terminated or truncated
+    assert facts["charts/teacher_return"] == len(inputs) / 5
+    with torch.no_grad():
+        values = agent.value(torch.from_numpy(np.array(inputs[::7])))
+    np.testing.assert_allclose(seen[0][0], values.numpy(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("env_id", DISCRETE)
+def test_both_phases_with_discrete_actions(env_id, teacher, tmp_path):
+    """With a teacher of ppo.py; the run itself is then one, which has moments."""
+    flags = ["--snapshot-timesteps", 320, "--total-timesteps", 960, "--truncation", 5]
+    flags += ["--teacher", teacher("s3rl_ppo", env_id)]
+    run_dir = short_run("s3rl_ppo", tmp_path / "run", *flags, env_id=env_id)
+    table = rows(run_dir)
+    lengths = [value for _, key, value in table if key == "charts/snapshot_length"]
+    assert len(lengths) >= 320 / 5 and max(lengths) == 5
+    lengths = [value for _, key, value in table if key == "charts/episodic_length"]
+    assert max(lengths) > 5, "the ordinary limit is back"
+    plan = {"seed": 3, "teacher_episodes": 2, "snapshot_every": 7, "clusters": 6}
+    args = SimpleNamespace(env_id=env_id, teacher=run_dir, **plan)
+    saved, facts = module("s3rl_ppo").take_snapshots(args)
+    assert facts["charts/snapshots"] == len(saved["obs"]) > 2
+
+
+@needs_compiler
+def test_compiled_gradient_with_discrete_actions():
+    ppo, agent, found = module("s3rl_ppo"), agent_with_logits([0.0, 1.0]), []
+    flat, args = ppo.flatten_parameters(agent), SimpleNamespace(clip_coef=0.2, vf_coef=0.5)
+    mb = {"obs": torch.randn(32, 4), "actions": torch.randint(2, (32,))}
+    mb |= {name: torch.randn(32) for name in ("logprobs", "values", "advantages", "returns")}
+    gradient = partial(ppo.minibatch_gradient, agent, flat, args=args)
+    with torch._dynamo.config.patch(trace_autograd_ops=True):  # as main() does
+        for function in (gradient, torch.compile(gradient, dynamic=False)):
+            metrics = function(mb)
+            found.append([metrics["policy_loss"], metrics["entropy"], flat.grad.clone()])
+    torch.testing.assert_close(*found)
+
+
+def test_learns_with_discrete_actions(tmp_path):
+    """The score is that of ppo.py; three seeds of three gave 500."""
+    words = "--env-id CartPole-v1 --total-timesteps"
+    run("ppo", 1, *words.split(), 50_000, "--run-dir", tmp_path / "teacher")
+    flags = ["--teacher", tmp_path / "teacher", "--snapshot-timesteps", 10_240]
+    run("s3rl_ppo", 1, *words.split(), 32_768, *flags, "--run-dir", tmp_path / "run")
+    last = {key: value for _, key, value in rows(tmp_path / "run")}
+    assert last["eval/deterministic_return"] >= 475
+
+
+def test_other_kinds_of_actions_are_refused():
+    space = gym.spaces.MultiDiscrete([2, 2])
+    with pytest.raises(UserError, match="neither Box nor Discrete"):
+        module("s3rl_ppo").Agent(gym.spaces.Box(-1, 1, (2,)), space)
 
 
 # TEACHERS ========================================================================================
 
 
-@every_script
-def test_a_teacher_is_required(script, tmp_path):
-    flags = ["--env-id", "Pendulum-v1", "--run-dir", tmp_path / "run"]
-    line = one_line_error(script, *flags)
-    assert f"python algos/{PARENTS[script]}.py --env-id Pendulum-v1" in line
+@every_task
+def test_a_teacher_is_required(script, env_id, tmp_path):
+    line = one_line_error(script, "--env-id", env_id, "--run-dir", tmp_path / "run")
+    maker = "ppo" if env_id in DISCRETE else PARENTS[script]
+    assert f"--teacher RUN is missing: `python algos/{maker}.py --env-id {env_id}`" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_the_wrong_kind(teacher, tmp_path):
+    for script, env_id, other, words in (
+        ("s3rl_ppo", "Pendulum-v1", teacher("s3rl_sac"), "`python algos/ppo_continuous_action.py "),
+        ("s3rl_sac", "Pendulum-v1", teacher("s3rl_ppo"), "`python algos/sac_continuous_action.py "),
+        ("s3rl_ppo", "CartPole-v1", teacher("s3rl_ppo"), "acts in Pendulum-v1"),
+        ("s3rl_ppo", "Pendulum-v1", teacher("s3rl_ppo", "CartPole-v1"), "acts in CartPole-v1"),
+        ("s3rl_td3", "CartPole-v1", teacher("s3rl_ppo", "CartPole-v1"), "ppo.py for Discrete"),
+    ):
+        flags = [*short_flags(script, env_id), "--teacher", other, "--run-dir", tmp_path / "run"]
+        assert words in one_line_error(script, *flags)
+        assert not (tmp_path / "run").exists()
 
 
 @every_script
@@ -426,26 +597,27 @@ def test_teachers(script, teacher, tmp_path, capsys):
     env = make_env("Pendulum-v1")
     agent = module(script).Agent(env.observation_space, env.action_space)
     old, new = checkpoints(folder)
-    saved = load_teacher(folder, "Pendulum-v1", agent)
+    load = partial(load_teacher, script="x")
+    saved = load(folder, "Pendulum-v1", agent)
     assert all(torch.equal(saved["agent"][k], v) for k, v in agent.state_dict().items())
     assert str(new) in capsys.readouterr().out
-    load_teacher(old, "Pendulum-v1", agent)  # a checkpoint instead of a run
+    load(old, "Pendulum-v1", agent)  # a checkpoint instead of a run
     assert str(old) in capsys.readouterr().out
     with pytest.raises(UserError, match=r"acts in Pendulum-v1 .* Hopper-v5"):
-        load_teacher(folder, "Hopper-v5", agent)
-    with pytest.raises(UserError, match="of another algorithm"):
-        load_teacher(folder, "Pendulum-v1", torch.nn.Linear(2, 2))
+        load(folder, "Hopper-v5", agent)
+    with pytest.raises(UserError, match=r"of another algorithm; `python algos/x.py --env-id Pend"):
+        load(folder, "Pendulum-v1", torch.nn.Linear(2, 2))
     data = bytearray((new / "rank0.pt").read_bytes())
     data[len(data) // 2] ^= 1
     (new / "rank0.pt").write_bytes(data)
-    load_teacher(folder, "Pendulum-v1", agent)
+    load(folder, "Pendulum-v1", agent)
     assert str(old) in capsys.readouterr().out, "the newest valid one"
     (old / "manifest.json").write_text("{")
     for path, words in ((folder, "all its checkpoints are damaged"), (new, "no whole checkpoint")):
         with pytest.raises(UserError, match=words):
-            load_teacher(path, "Pendulum-v1", agent)
+            load(path, "Pendulum-v1", agent)
     with pytest.raises(UserError, match="no whole checkpoint"):
-        load_teacher(tmp_path / "nowhere", "Pendulum-v1", agent)
+        load(tmp_path / "nowhere", "Pendulum-v1", agent)
 
 
 class NoState(gym.Env):

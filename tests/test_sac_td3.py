@@ -104,7 +104,7 @@ def test_td3_actor_loss_and_smoothing_by_hand():
 
 
 def test_squashed_gaussian_against_torch():
-    raw, noise = torch.randn(7, 2 * A), torch.randn(7, A)
+    raw, noise = torch.randn(64, 2 * A), torch.randn(64, A)
     scale, middle = torch.tensor([2.0, 0.5]), torch.tensor([1.0, 0.5])
     actions, logprob = sac.squashed_gaussian(raw, noise, scale, middle)
     log_std = -5 + 7 * (raw[:, A:].tanh() + 1) / 2
@@ -117,7 +117,7 @@ def test_squashed_gaussian_against_torch():
     ]
     reference = torch.distributions.TransformedDistribution(normal, transforms)
     inside = (u.abs() < 2).all(1)  # where the 1e-6 of eq. (2) does not count
-    assert inside.sum() > 2
+    assert inside.sum() > 20
     expected = reference.log_prob(actions).sum(1)
     torch.testing.assert_close(logprob[inside], expected[inside], atol=1e-3, rtol=1e-3)
     far = sac.squashed_gaussian(torch.tensor([[50.0, 0.0]]), torch.zeros(1, 1), 1.0, 0.0)

@@ -337,6 +337,18 @@ def test_bad_rewards_name_the_prompt(returned, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("error", [MemoryError("of the device"), UserError("of the device")])
+def test_failing_reward_model_ends_its_process_at_once(error):
+    """The other processes are inside the same forward: there is nobody to agree with."""
+
+    def reward(prompts, completions):
+        raise error
+
+    reward.collective = True
+    with pytest.raises(RuntimeError, match=r"the reward model failed: .*of the device"):
+        score_together(reward, [{"prompt": "p"}], ["c"])
+
+
 def test_failing_reward_names_its_line(tmp_path):
     file = tmp_path / "failing_e.py"
     file.write_text("import json\n\n\ndef f(prompts, completions):\n    return [json.loads('{')]\n")
