@@ -86,10 +86,17 @@ class Run(Table):
     """fewer seeds than the scale has"""
     metrics: list[str] = Field(min_length=1)
     """keys of metrics.csv to keep; a run that lacks one of them has failed"""
+    more_metrics: list[str] = []
+    """further ones, so that a run may keep more than [defaults] say"""
     prepare: str = ""
     """module, with its flags, to run once before the first run: `python -m PREPARE`"""
     teacher: str = ""
     """"PAPER RUN": --teacher is that run's best seed on the environment, see teachers.py"""
+
+    @property
+    def keys(self) -> list[str]:
+        """Of metrics.csv, all that are kept."""
+        return self.metrics + self.more_metrics
 
     def flags(self, scale: Scale) -> list[str] | None:
         """The flags at `scale`; None where the run is not part of it."""
@@ -174,7 +181,7 @@ class Picture(Table):
         """{number: key} of the metrics of `run` that belong to the family, in order."""
         before, _, after = self.metric.partition("*")
         pattern = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
-        found = [(pattern.fullmatch(key), key) for key in run.metrics]
+        found = [(pattern.fullmatch(key), key) for key in run.keys]
         return dict(sorted((int(match[1]), key) for match, key in found if match))
 
 
@@ -233,7 +240,7 @@ class Paper(Table):
             drawn = [run for run in self.runs if picture.keys(run)]
             if not drawn:
                 raise ValueError(f"picture {picture.name!r}: no run keeps {picture.metric!r}")
-            if picture.best_of and not all(picture.best_of in run.metrics for run in drawn):
+            if picture.best_of and not all(picture.best_of in run.keys for run in drawn):
                 raise ValueError(f"picture {picture.name!r}: not all keep {picture.best_of!r}")
         for claim in self.claims:
             try:
@@ -244,10 +251,10 @@ class Paper(Table):
 
     def check_claim(self, claim: Claim) -> None:
         run, envs = self.run(claim.run), self.claim_envs(claim)
-        if claim.share_of and claim.share_of not in run.metrics:
+        if claim.share_of and claim.share_of not in run.keys:
             raise ValueError(f"run {claim.run!r} does not keep the metric {claim.share_of!r}")
         for name in filter(None, (claim.run, claim.baseline)):
-            if claim.metric not in self.run(name).metrics:
+            if claim.metric not in self.run(name).keys:
                 raise ValueError(f"run {name!r} does not keep the metric {claim.metric!r}")
             unknown = set(envs) - set(self.run(name).envs or [""])
             if unknown:

@@ -359,7 +359,7 @@ def table(evidence: Evidence) -> list[str]:
                 scripts.setdefault(run.script, []).append((run, env))
     lines = []
     for script, groups in scripts.items():
-        head = groups[0][0].metrics[0]
+        head = groups[0][0].keys[0]
         apart = len({run.name for run, _ in groups}) > 1  # environments alone do not say which
         names = [f"{run.name} {env}".strip() if apart or not env else env for run, env in groups]
         lines += ["", f"`algos/{script}.py`, `{head}`: mean of the last 100 values of each run, "]
@@ -378,13 +378,11 @@ def table(evidence: Evidence) -> list[str]:
             words = f"{value_of(target)}, {target.seeds} seeds, " if target else ""
             cells.append(f"{words}{target.steps:,} steps" if target else "")
             lines.append(row(cells))
-        others = dict.fromkeys(m for run, _ in groups for m in run.metrics[1:])
+        others = dict.fromkeys(m for run, _ in groups for m in run.keys[1:])
         rows = []
         for metric in [metric for metric in others if metric not in UNCOUNTED]:
             cells = [
-                spread(evidence.scores(run.name, env, metric, "last"))
-                if metric in run.metrics
-                else ""
+                spread(evidence.scores(run.name, env, metric, "last")) if metric in run.keys else ""
                 for run, env in groups
             ]
             rows.append(row([f"`{metric}`", *cells]))
@@ -447,17 +445,17 @@ def curve_pictures(evidence: Evidence) -> dict[str, tuple[str, plots.Picture]]:
         groups.setdefault((run.script, bool(run.envs)), []).append(run)
     for (script, with_envs), runs in groups.items():
         if with_envs:
-            head = runs[0].metrics[0]
+            head = runs[0].keys[0]
             wanted = [(e, head, e) for e in dict.fromkeys(e for r in runs for e in r.envs)]
         else:
             asked = {c.metric for c in paper.claims if c.run in {r.name for r in runs}}
-            wanted = [("", m, m) for m in runs[0].metrics if m in asked]
+            wanted = [("", m, m) for m in runs[0].keys if m in asked]
         panels = []
         for env, metric, title in wanted:
             lines = {
                 run.name: curves_of(evidence, evidence.done(run.name, env), metric)
                 for run in runs
-                if metric in run.metrics and evidence.done(run.name, env)
+                if metric in run.keys and evidence.done(run.name, env)
             }
             if lines:
                 reference = reference_of(paper, runs, env, metric)

@@ -41,7 +41,8 @@ def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def last_100(path: Path, key: str) -> float:
     """Mean of the last 100 values of `key` in a metrics.csv. Raises KeyError without that key."""
-    return float(read_metrics(path)[key][1][-100:].mean())
+    _, values = read_metrics(path)[key]
+    return scores(values, values)["last_100"]
 
 
 def scores(values: np.ndarray, curve: np.ndarray) -> dict[str, float]:

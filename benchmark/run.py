@@ -75,7 +75,7 @@ def job(paper, scale, run: papers.Run, env: str, seed: int, flags: list[str], fo
         seed=seed,
         script=f"algos/{run.script}.py",
         flags=tuple(flags),
-        metrics=tuple(run.metrics),
+        metrics=tuple(run.keys),
         run_dir=RUNS / paper / scale / f"{run.name}__{env or 'builtin'}__{seed}__{digest[:8]}",
         results=folder,
         processes=run.processes,

@@ -29,7 +29,7 @@ def source(teacher: str, scale: Scale) -> tuple[str, str, Scale]:
         run = papers.load(name).run(run_name)
     except ValueError as error:
         raise UserError(f"teacher {teacher!r}: {error}") from error
-    if RETURN not in run.metrics:
+    if RETURN not in run.keys:
         raise UserError(f"teacher {teacher!r}: that run does not keep {RETURN}")
     for larger in papers.SCALES[papers.SCALES.index(scale) :]:
         if run.flags(larger) is not None:

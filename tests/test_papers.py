@@ -149,6 +149,14 @@ def test_defaults_of_runs(tmp_path):
     assert paper.run("text").flags("smoke") == [], "an own empty string stays"
 
 
+def test_more_metrics_than_the_default(tmp_path):
+    """They stay behind those of [defaults], and a claim may ask for them."""
+    wanted = 'metrics = ["eval/kl"]'
+    text = GOOD.replace(wanted, 'more_metrics = ["eval/kl"]')
+    text = text.replace("[[runs]]", '[defaults]\nmetrics = ["charts/SPS"]\n\n[[runs]]', 1)
+    assert read(tmp_path, text).run("text").keys == ["charts/SPS", "eval/kl"]
+
+
 PICTURE = """
 [[pictures]]
 name = "sizes"
@@ -295,5 +303,5 @@ def test_runs_exist(name):
         for env in run.envs:
             gym.spec(env)
         page = (ROOT / "docs" / "algos" / f"{run.script}.md").read_text()
-        for key in (re.sub(r"@\d+", "@k", metric) for metric in run.metrics):
+        for key in (re.sub(r"@\d+", "@k", metric) for metric in run.keys):
             assert f"\n| `{key}` |" in page, f"{run.name} keeps {key}, unknown to {run.script}.md"
