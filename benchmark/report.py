@@ -53,9 +53,11 @@ class Evidence:
         """Whether all that the claim compares is run at this scale."""
         return all(self.jobs_of(*group) for group in self.paper.claim_runs(claim))
 
+    def csv(self, job: jobs.Job) -> Path:
+        return self.folder / self.name / self.scale / f"{job.name}.csv"
+
     def curve(self, job: jobs.Job, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        path = self.folder / self.name / self.scale / f"{job.name}.csv"
-        return results.read_curve(path, metric)
+        return results.read_curve(self.csv(job), metric)
 
     def scores(self, run: str, env: str, metric: str, score: str) -> np.ndarray:
         """Of all runs that are done: (R,); score: a name that their records have."""
@@ -503,8 +505,7 @@ def family(evidence: Evidence, job: jobs.Job, keys: dict[int, str], best_of: str
 
 
 def curves_of(evidence: Evidence, done: list[jobs.Job], metric: str):
-    folder = evidence.folder / evidence.name / evidence.scale
-    return results.table([folder / f"{job.name}.csv" for job in done], metric)
+    return results.table([evidence.csv(job) for job in done], metric)
 
 
 def reference_of(paper: papers.Paper, runs: list[papers.Run], env: str, metric: str):
