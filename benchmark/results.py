@@ -78,7 +78,7 @@ def csv_text(edges: np.ndarray, columns: dict[str, np.ndarray]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["step", *columns])
     for i, step in enumerate(edges):
-        cells = ["" if math.isnan(columns[key][i]) else f"{columns[key][i]:.6g}" for key in columns]
+        cells = ["" if math.isnan(columns[key][i]) else f"{columns[key][i]:.9g}" for key in columns]
         if any(cells):
             writer.writerow([step, *cells])
     return out.getvalue()
@@ -93,12 +93,16 @@ def read_curve(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def table(paths: list[Path], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """One column of several CSVs on the union of their steps: (S,), (R, S); NaN: no value."""
+    """One column of several CSVs on the union of their steps: (S,), (R, S).
+
+    A run that has no value at a step has that of its step before; NaN before its first one.
+    """
     stored = [read_curve(path, key) for path in paths]
     steps = np.unique(np.concatenate([own for own, _ in stored]))
     runs = np.full((len(stored), len(steps)), np.nan)
     for line, (own, values) in zip(runs, stored, strict=True):
-        line[np.searchsorted(steps, own)] = values
+        known = steps >= own[0]
+        line[known] = values[np.searchsorted(own, steps[known], side="right") - 1]
     return steps, runs
 
 

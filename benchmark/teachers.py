@@ -63,11 +63,11 @@ def provide(path: Path, candidates: list[jobs.Job], workers: int, console: Conso
         console.print(f"{path.name}: {len(missing)} of {len(candidates)} runs of the teacher to go")
         jobs.launch(missing, workers, console)
     teacher = best(candidates)
-    if not (teacher.run_dir / "args.json").exists():  # the results came from another machine
+    record = teacher.stored()[teacher.name]
+    if jobs.progress(teacher)[0] < record["steps"]:  # the results came from another machine
         console.print(f"{path.name}: making {teacher.name} again")
-        if subprocess.run(teacher.command(sys.executable), cwd=jobs.ROOT).returncode:
-            raise UserError(f"{shlex.join(teacher.command())} failed, see above")
-        known = teacher.stored()[teacher.name]["scores"][RETURN]["last_100"]
+        make_again(teacher)
+        known = record["scores"][RETURN]["last_100"]
         made = results.last_100(teacher.run_dir / "metrics.csv", RETURN)
         if not math.isclose(made, known, rel_tol=1e-6):  # another machine, library or commit
             console.print(f"{path.name}: returns {made:.4g} here, {known:.4g} in the results")
@@ -75,3 +75,14 @@ def provide(path: Path, candidates: list[jobs.Job], workers: int, console: Conso
     path.unlink(missing_ok=True)
     path.symlink_to(teacher.run_dir.resolve(), target_is_directory=True)
     console.print(f"{path.name}: {teacher.name}")
+
+
+def make_again(teacher: jobs.Job) -> None:
+    """Run, or continue, one whose results are kept, for its checkpoints. Raises UserError."""
+    teacher.run_dir.mkdir(parents=True, exist_ok=True)
+    with (teacher.run_dir / "lock").open("w") as lock:
+        if not jobs.try_lock(lock):
+            raise UserError(f"another command makes {teacher.name} just now; try again later")
+        command = teacher.command(sys.executable)
+        if subprocess.run(command, cwd=jobs.ROOT, pass_fds=[lock.fileno()]).returncode:
+            raise UserError(f"{shlex.join(teacher.command())} failed, see above")

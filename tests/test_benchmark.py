@@ -298,7 +298,7 @@ def test_table_on_the_union_of_steps(tmp_path):
     (tmp_path / "2.csv").write_text("step,a,b\n10,,8\n15,4,8\n20,5,8\n")
     steps, runs = results.table([tmp_path / "1.csv", tmp_path / "2.csv"], "a")
     assert steps.tolist() == [10, 15, 20]
-    np.testing.assert_array_equal(runs, [[1, np.nan, 2], [np.nan, 4, 5]])
+    np.testing.assert_array_equal(runs, [[1, 1, 2], [np.nan, 4, 5]])
 
 
 # ------------------------------------------------------------------------------- STORE
@@ -677,8 +677,12 @@ def test_best_seed_of_another_run_is_the_teacher(project):
     assert f"`master__builtin__3`, {pupil['teacher_score']:.1f}" in page
     assert "| pupil | 3 |" in page
 
-    # results that came from another machine: its best run is made again, the others are not
+    # results that came from another machine: its best run is made again, or what is missing of
+    # it, the others are not
+    folder = link.resolve()
     shutil.rmtree(project.root / "runs")
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text("{}")
     (project.results / "fake" / "laptop" / "pupil__builtin__1.csv").unlink()
     project.run("run", "fake", "--scale", "laptop")
     assert (link / "metrics.csv").exists() and len(list(link.resolve().parent.iterdir())) == 2
