@@ -111,7 +111,7 @@ class Args:
     run_dir: Path | None = None
     """where logs and checkpoints go; runs/(ENV or TASK)__SCRIPT__SEED if not given"""
     save_every: float = 600.0
-    """seconds between checkpoints; 0 saves after every update"""
+    """seconds between checkpoints; 0 saves in every round of logging"""
     resume: str | None = None
     """"auto" continues run_dir from its newest valid checkpoint; or the path of a checkpoint"""
     eval_every: int = 0
@@ -307,7 +307,7 @@ def rollout(envs, agent, state, args, device):
 # EVALUATE ========================================================================================
 
 
-@torch.no_grad()
+@torch.random.fork_rng(devices=[])  # the first weights take no random numbers of training
 def evaluate(checkpoint, episodes, deterministic, video_dir=None):
     """Returns of some episodes with a saved agent, on the CPU.
 

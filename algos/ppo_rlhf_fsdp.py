@@ -168,7 +168,7 @@ class Args:
     run_dir: Path | None = None
     """where logs and checkpoints go; runs/(ENV or TASK)__SCRIPT__SEED if not given"""
     save_every: float = 600.0
-    """seconds between checkpoints; 0 saves after every update"""
+    """seconds between checkpoints; 0 saves in every round of logging"""
     resume: str | None = None
     """"auto" continues run_dir from its newest valid checkpoint; or the path of a checkpoint"""
     eval_every: int = 0

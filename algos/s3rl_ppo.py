@@ -119,7 +119,7 @@ class Args:
     run_dir: Path | None = None
     """where logs and checkpoints go; runs/(ENV or TASK)__SCRIPT__SEED if not given"""
     save_every: float = 600.0
-    """seconds between checkpoints; 0 saves after every update"""
+    """seconds between checkpoints; 0 saves in every round of logging"""
     resume: str | None = None
     """"auto" continues run_dir from its newest valid checkpoint; or the path of a checkpoint"""
     eval_every: int = 0
@@ -297,7 +297,7 @@ def take_snapshots(args):
     env = make_env(args.env_id)
     teacher = Agent(env.observation_space, env.action_space)
     script = "ppo" if teacher.discrete else "ppo_continuous_action"
-    theirs = load_teacher(args.teacher, args.env_id, teacher, script).get("obs_moments")
+    theirs = load_teacher(args.teacher, env, teacher, script).get("obs_moments")
     # a run of ppo.py has no moments: its agent sees observations as they are
     normalize = RunningMoments.of_state(theirs).normalize if theirs else np.float32
     seed = args.seed + 20_000  # not one of evaluations
@@ -417,7 +417,7 @@ def rollout(envs, agent, state, obs_moments, return_moments, args, device):
 # EVALUATE ========================================================================================
 
 
-@torch.no_grad()
+@torch.random.fork_rng(devices=[])  # the first weights take no random numbers of training
 def evaluate(checkpoint, episodes, deterministic, video_dir=None):
     # diverges: actions of both kinds, and the observation moments of the checkpoint
     """Returns (episodes,) with a saved agent, on the CPU; episode i starts from seed + 10_000 + i.

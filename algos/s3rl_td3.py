@@ -120,7 +120,7 @@ class Args:
     run_dir: Path | None = None
     """where logs and checkpoints go; runs/(ENV or TASK)__SCRIPT__SEED if not given"""
     save_every: float = 600.0
-    """seconds between checkpoints; 0 saves after every update"""
+    """seconds between checkpoints; 0 saves in every round of logging"""
     resume: str | None = None
     """"auto" continues run_dir from its newest valid checkpoint; or the path of a checkpoint"""
     eval_every: int = 0
@@ -175,7 +175,8 @@ class TwinCritic(nn.Module):
         for bias, weight in layers[:-1]:
             x = torch.bmm(x, weight).add_(bias).relu_()
         bias, weight = layers[-1]
-        return torch.bmm(x, weight).add_(bias).squeeze(-1).float()
+        with torch.autocast(x.device.type, enabled=False):  # PITFALL: 701 is 700 in bfloat16
+            return torch.bmm(x.float(), weight).add_(bias).squeeze(-1)
 
 
 class Agent(nn.Module):
@@ -185,7 +186,7 @@ class Agent(nn.Module):
     def __init__(self, observation_space: gym.spaces.Box, action_space: gym.Space):
         super().__init__()
         if not isinstance(action_space, gym.spaces.Box):
-            raise UserError(f"actions are {action_space}: use ppo.py for Discrete")
+            raise UserError(f"actions are {action_space}: ppo.py and s3rl_ppo.py take Discrete")
         if not action_space.is_bounded():
             raise UserError(f"actions are {action_space}: without bounds they cannot be squashed")
         O, A = observation_space.shape[0], math.prod(action_space.shape)
@@ -315,7 +316,7 @@ def take_snapshots(args):
     """Of the teacher: what `play_and_save` saves, "probabilities" (S,), and what to log."""
     env = make_env(args.env_id)
     teacher = Agent(env.observation_space, env.action_space)
-    load_teacher(args.teacher, args.env_id, teacher, "td3_continuous_action")
+    load_teacher(args.teacher, env, teacher, "td3_continuous_action")
     plan = args.teacher_episodes, args.seed + 20_000, args.snapshot_every  # no evaluation's seed
     returns, actions, saved = play_and_save(env, partial(numpy_policy(teacher), noise=0.0), *plan)
     inputs = torch.cat([saved["obs"].float(), actions], 1)
@@ -372,7 +373,7 @@ def env_step(envs, actions, state, buffer):
 # EVALUATE ========================================================================================
 
 
-@torch.no_grad()
+@torch.random.fork_rng(devices=[])  # the first weights take no random numbers of training
 def evaluate(checkpoint, episodes, deterministic, video_dir=None):
     # diverges: a deterministic actor with noise of its own
     """Returns (episodes,) with a saved agent, on the CPU; episode i starts from seed + 10_000 + i.
@@ -755,7 +756,7 @@ def main(args):
                 first_phase, snapshots, envs = False, None, make_vector_env(args.env_id, N)
                 state["obs"] = envs.reset(seed=args.seed + rank * N)[0].astype(np.float32)
                 state["episode_return"][:] = state["episode_length"][:] = 0
-            due = max(0, global_step - args.learning_starts)  # one update a step
+            due = updates + args.num_envs * (global_step > args.learning_starts)
             for number in range(updates, due):
                 noise = torch.randn(batch_size, len(low)).to(device)
                 actor_due = number % args.policy_frequency == 0

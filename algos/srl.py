@@ -24,9 +24,9 @@ Run:  python algos/srl.py --env-id HalfCheetah-v5 --sequence-length 8
       torchrun --standalone --nproc_per_node 2 algos/srl.py --num-envs 2
 
 Differs from the paper: unknown, its body was not read. Losses are those of the authors' code; how
-    the agent acts while it learns is a reconstruction from abstract, reviews and that code.
-Differs from the authors' code: alpha is 1 in the first update, not 0.2, and evaluation feeds back
-    the scaled action. No loop for SRL is there, nor how often its actor learned: here always.
+    the agent acts while it learns, and at other lengths than J, is a reconstruction.
+Differs from the authors' code: alpha is 1 in the first update, not 0.2. No loop for SRL is there,
+    nor how often its actor learned: here always.
 
 Shapes: N environments, M transitions of a batch (of this process), O observation, A action size, J.
 """
@@ -107,7 +107,7 @@ class Args:
     run_dir: Path | None = None
     """where logs and checkpoints go; runs/(ENV or TASK)__SCRIPT__SEED if not given"""
     save_every: float = 600.0
-    """seconds between checkpoints; 0 saves after every update"""
+    """seconds between checkpoints; 0 saves in every round of logging"""
     resume: str | None = None
     """"auto" continues run_dir from its newest valid checkpoint; or the path of a checkpoint"""
     eval_every: int = 0
@@ -171,7 +171,8 @@ class TwinCritic(nn.Module):
         for bias, weight in layers[:-1]:
             x = torch.bmm(x, weight).add_(bias).relu_()
         bias, weight = layers[-1]
-        return torch.bmm(x, weight).add_(bias).squeeze(-1).float()
+        with torch.autocast(x.device.type, enabled=False):  # PITFALL: 701 is 700 in bfloat16
+            return torch.bmm(x.float(), weight).add_(bias).squeeze(-1)
 
 
 class Agent(nn.Module):
@@ -380,7 +381,7 @@ def env_step(envs, actions, state, buffer):
 # EVALUATE ========================================================================================
 
 
-@torch.no_grad()
+@torch.random.fork_rng(devices=[])  # the first weights take no random numbers of training
 def evaluate(checkpoint, episodes, deterministic, video_dir=None, lengths=()):
     # diverges: sequences of actions
     """As the parent's evaluate, with sequences of the given lengths in place of held actions."""
@@ -681,7 +682,6 @@ def update(flat, optimizers, gradients, batches, noise, args):
 
 
 def check_room(run_dir, row_bytes, args):
-    # diverges: a row for each step
     """The buffer grows: refuse now a disk that could not hold it in three checkpoints."""
     rows = min(args.buffer_size, args.total_timesteps)
     needed, free = 3 * rows * row_bytes / 1e6, shutil.disk_usage(run_dir).free / 1e6

@@ -21,10 +21,10 @@ Run:  python algos/td3_continuous_action.py --env-id HalfCheetah-v5
       torchrun --standalone --nproc_per_node 2 algos/td3_continuous_action.py --num-envs 2
       python algos/td3_continuous_action.py --env-id HalfCheetah-v5 --resume auto
 
-Differs from the paper: learning starts after 25,000 uniform steps for every environment, batches of
-    256 and layers of 256 units, as in the authors' later code and in CleanRL.
-Differs from the authors' code: it was not read; CleanRL's was. Against that: the first update comes
-    one step earlier, each action component has its own bounds in (10), and --action-repeat exists.
+Differs from the paper: 25,000 uniform steps first in every environment, step sizes of 3e-4, batches
+    of 256 and layers of 256 units, as in the authors' later code and in CleanRL.
+Differs from the authors' code: of that only these numbers were read, and CleanRL's script. Against
+    it: the first update one step earlier, bounds by component in (10), and --action-repeat.
 
 Shapes: N environments, M transitions of a batch (of this process), O observation, A action size.
 """
@@ -104,7 +104,7 @@ class Args:
     noise_clip: float = 0.5
     """bound on that noise"""
     precision: Literal["float32", "bf16"] = "float32"
-    """of the matrix products in forward and backward pass; weights and losses stay float32"""
+    """of the hidden layers and the actor's outputs; Q, losses and weights stay float32"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" takes CUDA where there is one"""
     compile: bool = False
@@ -114,7 +114,7 @@ class Args:
     run_dir: Path | None = None
     """where logs and checkpoints go; runs/(ENV or TASK)__SCRIPT__SEED if not given"""
     save_every: float = 600.0
-    """seconds between checkpoints; 0 saves after every update"""
+    """seconds between checkpoints; 0 saves in every round of logging"""
     resume: str | None = None
     """"auto" continues run_dir from its newest valid checkpoint; or the path of a checkpoint"""
     eval_every: int = 0
@@ -177,7 +177,8 @@ class TwinCritic(nn.Module):
         for bias, weight in layers[:-1]:
             x = torch.bmm(x, weight).add_(bias).relu_()
         bias, weight = layers[-1]
-        return torch.bmm(x, weight).add_(bias).squeeze(-1).float()
+        with torch.autocast(x.device.type, enabled=False):  # PITFALL: 701 is 700 in bfloat16
+            return torch.bmm(x.float(), weight).add_(bias).squeeze(-1)
 
 
 class Agent(nn.Module):
@@ -187,7 +188,7 @@ class Agent(nn.Module):
     def __init__(self, observation_space: gym.spaces.Box, action_space: gym.Space):
         super().__init__()
         if not isinstance(action_space, gym.spaces.Box):
-            raise UserError(f"actions are {action_space}: use ppo.py for Discrete")
+            raise UserError(f"actions are {action_space}: ppo.py and s3rl_ppo.py take Discrete")
         if not action_space.is_bounded():
             raise UserError(f"actions are {action_space}: without bounds they cannot be squashed")
         O, A = observation_space.shape[0], math.prod(action_space.shape)
@@ -338,7 +339,7 @@ def env_step(envs, actions, state, buffer):
 # EVALUATE ========================================================================================
 
 
-@torch.no_grad()
+@torch.random.fork_rng(devices=[])  # the first weights take no random numbers of training
 def evaluate(checkpoint, episodes, deterministic, video_dir=None):
     # diverges: a deterministic actor with noise of its own
     """Returns (episodes,) with a saved agent, on the CPU; episode i starts from seed + 10_000 + i.
@@ -637,10 +638,13 @@ def update(flat, optimizers, gradients, batch, noise, actor_due, args):
     return metrics
 
 
-def updates_due(global_step, args):
-    """How many updates belong to the steps so far."""
-    steps = max(0, global_step - args.learning_starts)
-    return int(args.updates_per_step * steps / args.action_repeat)
+def steps_taken(envs, device, args):
+    """By one decision, in all processes; the end of an episode cuts it short."""
+    if args.action_repeat == 1:
+        return args.num_envs
+    steps = torch.tensor(sum(envs.get_attr("steps_taken")), device=device)
+    dist.all_reduce(steps)
+    return steps.item()
 
 
 def draw(buffer, number, actions, args):
@@ -652,7 +656,7 @@ def draw(buffer, number, actions, args):
 
 def check_room(run_dir, row_bytes, args):
     """The buffer grows: refuse now a disk that could not hold it in three checkpoints."""
-    rows = min(args.buffer_size, args.total_timesteps // args.action_repeat)
+    rows = min(args.buffer_size, args.total_timesteps)
     needed, free = 3 * rows * row_bytes / 1e6, shutil.disk_usage(run_dir).free / 1e6
     if free < needed:
         text = f"{free:.0f} MB free, {needed:.0f} MB to come for the replay buffer"
@@ -667,8 +671,8 @@ def main(args):
     path = find_checkpoint(run_dir, args.resume)
 
     N, batch_size = args.num_envs // world_size, args.batch_size // world_size
-    decision_steps = args.num_envs * args.action_repeat
-    total = args.total_timesteps // decision_steps * decision_steps
+    decision_steps = args.num_envs * args.action_repeat  # at most
+    last_start = args.total_timesteps - decision_steps
     envs = make_vector_env(args.env_id, N, args.action_repeat)
     seed_everything(args.seed)  # every process builds the same weights
     agent = Agent(envs.single_observation_space, envs.single_action_space).to(device)
@@ -688,12 +692,13 @@ def main(args):
     buffer = ReplayBuffer(capacity, obs.shape[1], len(low), batch_size, device)
     state = {"obs": obs.astype(np.float32)}
     state |= {"episode_return": np.zeros(N), "episode_length": np.zeros(N)}
-    global_step = updates = log_size = 0
+    global_step = decisions = updates = log_size = 0  # of decisions those that updates follow
     evaluation_due = False
     if path:
         saved = load_checkpoint(path, args)
-        global_step, updates = saved["global_step"], saved["updates"]
-        log_size, evaluation_due = saved["log_size"], saved["evaluation_due"]
+        counts = "global_step decisions updates log_size".split()
+        global_step, decisions, updates, log_size = (saved[name] for name in counts)
+        evaluation_due = saved["evaluation_due"]
         agent.load_state_dict(saved["agent"])
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(saved["optimizers"][name])
@@ -707,7 +712,7 @@ def main(args):
 
     def checkpoint():
         whole = {"args": plain_args(args), "global_step": global_step, "updates": updates}
-        whole |= {"log_size": log.size(), "evaluation_due": evaluation_due}
+        whole |= {"decisions": decisions, "log_size": log.size(), "evaluation_due": evaluation_due}
         whole |= {"agent": agent.state_dict(), "buffer": buffer.state()}
         whole |= {"optimizers": {name: o.state_dict() for name, o in optimizers.items()}}
         whole |= {"state": {name: torch.from_numpy(array) for name, array in state.items()}}
@@ -719,24 +724,26 @@ def main(args):
         path = checkpoint()  # a directory that cannot hold the run shows now, not in an hour
         check_room(run_dir, buffer.rows[0].nbytes, args)
     recent = deque(maxlen=100)
-    bar = tqdm(total=total, initial=global_step, unit="step", disable=rank > 0)
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=rank > 0)
     while True:
-        if global_step == total or evaluation_due:
+        if global_step > last_start or evaluation_due:
             evaluate_and_log(path, global_step, log, args)
-        if global_step == total:
+        if global_step > last_start:
             break
         started, start_step, start_updates = time.monotonic(), global_step, updates
         metrics, episodes = {}, []
-        for _ in range(min(args.log_every, (total - global_step) // decision_steps)):
+        for _ in range(min(args.log_every, 1 + (last_start - global_step) // decision_steps)):
             if global_step < args.learning_starts:
                 actions = np.random.uniform(low, high, (N, len(low))).astype(np.float32)
             else:
                 noise = args.exploration_noise * np.random.standard_normal((N, len(low)))
                 actions = act(state["obs"], noise)
             ended = env_step(envs, actions, state, buffer)
-            global_step += decision_steps
+            global_step += steps_taken(envs, device, args)
             episodes += [(global_step, *episode) for episode in ended]
-            for number in range(updates, due := updates_due(global_step, args)):
+            decisions += args.num_envs * (global_step > args.learning_starts)
+            due = int(args.updates_per_step * decisions)
+            for number in range(updates, due):
                 metrics |= learn(*draw(buffer, number, len(low), args))
             if due > updates and device.type == "cuda":
                 act = numpy_policy(agent)
@@ -755,7 +762,7 @@ def main(args):
         bar.update(global_step - start_step)
         every = args.eval_every or math.inf
         evaluation_due = updates // every > start_updates // every
-        save = time.monotonic() - last_save >= args.save_every or global_step == total
+        save = time.monotonic() - last_save >= args.save_every or global_step > last_start
         flags = torch.tensor([save or evaluation_due, max(stop, default=0)], device=device)
         dist.all_reduce(flags, dist.ReduceOp.MAX)  # all processes must act alike
         save, signal_number = flags.tolist()

@@ -35,17 +35,21 @@ class FiniteReward(gym.Wrapper):
 
 
 class ActionRepeat(gym.Wrapper):
-    """Takes each action `times` steps, or to the end of the episode; rewards are summed."""
+    """Takes each action `times` steps, or to the end of the episode; rewards are summed.
+
+    steps_taken: how many they were the last time.
+    """
 
     def __init__(self, env: gym.Env, times: int):
         super().__init__(env)
-        self.times = times
+        self.times, self.steps_taken = times, 0
 
     def step(self, action):
         total = 0.0
-        for _ in range(self.times):
+        for step in range(self.times):
             obs, reward, terminated, truncated, info = self.env.step(action)
             total += reward
+            self.steps_taken = step + 1
             if terminated or truncated:
                 break
         return obs, total, terminated, truncated, info

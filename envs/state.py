@@ -30,14 +30,20 @@ def can_save_state(env: gym.Env) -> bool:
     return _is_mujoco(env.unwrapped) or _is_classic(env.unwrapped)
 
 
+def refuse_unsaved_state(env: gym.Env) -> None:
+    """Raises UserError for an environment that `env_state` does not cover."""
+    if not can_save_state(env):
+        text = "cannot be saved: only MuJoCo and classic control"
+        raise UserError(f"the state of {env.unwrapped} {text}")
+
+
 def env_state(env: gym.Env) -> dict:
     """Simulator, random generator and time limit of `env`.
 
     Raises UserError for an environment whose state cannot be saved.
     """
+    refuse_unsaved_state(env)
     base = env.unwrapped
-    if not can_save_state(env):
-        raise UserError(f"the state of {base} cannot be saved: only MuJoCo and classic control")
     if _is_mujoco(base):
         physics = np.empty(mujoco.mj_stateSize(base.model, INTEGRATION))
         mujoco.mj_getState(base.model, base.data, physics, INTEGRATION)

@@ -5,18 +5,23 @@ import json
 import os
 from pathlib import Path
 
+import gymnasium as gym
 import torch
 
 from envs import UserError
+from envs.state import refuse_unsaved_state
 
 
-def load_teacher(folder: Path | None, env_id: str, agent: torch.nn.Module, script: str) -> dict:
+def load_teacher(folder: Path | None, env: gym.Env, agent: torch.nn.Module, script: str) -> dict:
     """Fill `agent` from the newest whole checkpoint of `folder`: a run, or one checkpoint.
 
-    Returns all that rank 0 saved. Raises UserError, one line, where there is no whole checkpoint,
-    and where its agent is of another algorithm, acts in another environment or has diverged.
-    script: which makes such agents, for that line.
+    Returns all that rank 0 saved. env: of `make_env`, in which the teacher is to play and states
+    are to be saved. script: which makes such agents. Raises UserError, one line, where no state of
+    env can be saved; where there is no whole checkpoint; and where its agent is of another
+    algorithm, acts in another environment or has diverged.
     """
+    refuse_unsaved_state(env)  # before hours go into a teacher
+    env_id = env.get_wrapper_attr("env_id")
     maker = f"`python algos/{script}.py --env-id {env_id}` makes one"
     if folder is None:
         raise UserError(f"--teacher RUN is missing: {maker}")

@@ -1,7 +1,5 @@
 """Start scripts the way people do, and read what they leave behind."""
 
-import atexit
-import contextlib
 import csv
 import hashlib
 import os
@@ -15,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,15 +169,3 @@ def digests(folder):
     """{path: digest} of all files, to see that nothing was touched."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-@contextlib.contextmanager
-def process_group_of_one(script):
-    """For calls of functions of a script, given as a module, in this process."""
-    if dist.is_initialized():  # by the tests of another module
-        yield
-        return
-    script.setup_process("cpu")
-    yield
-    dist.destroy_process_group()
-    atexit.unregister(dist.destroy_process_group)  # of setup_process; other tests make a group

@@ -25,18 +25,13 @@ from rlhf.batches import Response, micro_batches, response_batch, split, stack
 from rlhf.lora import choose_trained, merged
 from rlhf.sft import save_folder
 from rlhf.tiny_lm import build_model, build_tokenizer, character_tokenizer
-from tests.launch import ROOT, assert_same_run, checkpoints, process_group_of_one
+from tests.launch import ROOT, assert_same_run, checkpoints
 from tests.test_ppo_rlhf import some_batch, tiny
 from tests.test_reward_model import causal_folder
 
 HOW = ["sequence", "token", "constant"]
 
-
-@pytest.fixture(autouse=True, scope="module")
-def group_of_one():
-    """The functions of the script talk to a process group, here of this process alone."""
-    with process_group_of_one(script):
-        yield
+pytestmark = pytest.mark.usefixtures("group_of_one")
 
 
 # ADVANTAGES ======================================================================================

@@ -19,13 +19,7 @@ ppo = importlib.import_module("algos.ppo")
 continuous = importlib.import_module("algos.ppo_continuous_action")
 both = pytest.mark.parametrize("module", [ppo, continuous], ids=["ppo", "continuous"])
 
-
-@pytest.fixture(scope="module", autouse=True)
-def group_of_one():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    torch.set_num_threads(1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("group_of_one")
 
 
 class Toy(gym.Env):
@@ -671,11 +665,12 @@ def test_annealing_and_the_score_of_the_reloaded_agent(module, tmp_path):
     full = module.Args().learning_rate
     assert rates == pytest.approx([full, full * 3 / 4, full / 2, full / 4])
 
-    newest = checkpoints(tmp_path / "run")[-1]
+    newest, drawn = checkpoints(tmp_path / "run")[-1], torch.get_rng_state()
     for mode in ("deterministic", "stochastic"):
         logged = [value for _, key, value in table if key == f"eval/{mode}_return"][-1]
         returns = module.evaluate(newest, 3, mode == "deterministic")
         assert len(returns) == 3 and returns.mean() == pytest.approx(logged, rel=1e-6)
+    assert torch.equal(torch.get_rng_state(), drawn), "an evaluation changes what training draws"
 
 
 @both

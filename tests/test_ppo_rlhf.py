@@ -27,7 +27,7 @@ from rlhf import UserError
 from rlhf.batches import micro_batches, response_batch
 from rlhf.logprobs import completion_logprobs
 from rlhf.sampler import Completions
-from tests.launch import ROOT, needs_compiler, process_group_of_one
+from tests.launch import ROOT, needs_compiler
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 61}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -49,12 +49,7 @@ def tiny(family: str, tied: bool, seed: int = 0) -> torch.nn.Module:
 
 FAMILIES = [(f, t) for f in ("llama", "qwen3", "gemma3", "gpt2") for t in (True, False)]
 
-
-@pytest.fixture(autouse=True, scope="module")
-def group_of_one():
-    """The functions of the script talk to a process group, here of this process alone."""
-    with process_group_of_one(script):
-        yield
+pytestmark = pytest.mark.usefixtures("group_of_one")
 
 
 def some_batch(rows: int = 5, T: int = 6, seed: int = 0) -> dict:

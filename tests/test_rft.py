@@ -18,7 +18,9 @@ from rlhf.batches import Response
 from rlhf.tasks import Task, prompt_ids
 from rlhf.tiny_lm import WarmStart, character_tokenizer
 from tests.launch import ROOT, rows
-from tests.test_ppo_rlhf import group_of_one, tiny  # noqa: F401  (a fixture)
+from tests.test_ppo_rlhf import tiny
+
+pytestmark = pytest.mark.usefixtures("group_of_one")
 
 CPU = torch.device("cpu")
 

@@ -27,13 +27,7 @@ both = pytest.mark.parametrize("module", [sac, td3], ids=["sac", "td3"])
 O, A = 5, 2  # of the agents below
 LOW, HIGH = np.array([-1.0, 0.0], np.float32), np.array([3.0, 1.0], np.float32)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def group_of_one():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    torch.set_num_threads(1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("group_of_one")
 
 
 def make_agent(module):
@@ -182,7 +176,7 @@ def test_numpy_policy_is_the_network(module):
 @both
 def test_spaces_that_are_refused(module):
     box = gym.spaces.Box(-1, 1, (3,))
-    with pytest.raises(UserError, match="use ppo"):
+    with pytest.raises(UserError, match=r"s3rl_ppo\.py take Discrete"):
         module.Agent(box, gym.spaces.Discrete(2))
     with pytest.raises(UserError, match="without bounds"):
         module.Agent(box, gym.spaces.Box(-np.inf, 1, (2,)))
@@ -428,7 +422,7 @@ def test_fixed_alpha_stays():
 
 @both
 def test_bf16_is_close(module):
-    """Only products are rounded: after three updates of equal noise parameters are near."""
+    """After three updates of equal noise the parameters are near, and still float32."""
     exact, metrics = updated(module)
     rounded, their_metrics = updated(module, precision="bf16")
     for name, vector in rounded.items():
@@ -449,12 +443,14 @@ def test_compiled_update_is_the_eager_one(module):
 
 
 @both
-def test_updates_and_steps(module):
-    args = module.Args(learning_starts=100, updates_per_step=0.5, action_repeat=1)
-    due = [module.updates_due(step, args) for step in (0, 100, 101, 102, 105, 200)]
-    assert due == [0, 0, 0, 1, 2, 50]
-    args = module.Args(learning_starts=100, action_repeat=4)
-    assert [module.updates_due(step, args) for step in (100, 104, 140)] == [0, 1, 10]
+def test_q_values_of_bf16_have_the_digits_of_float32(module):
+    """From 512 to 1024 bfloat16 holds every fourth number only."""
+    critic, x = module.TwinCritic(5), torch.randn(100, 5)
+    critic.biases[-1].data += 700
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = critic(x)
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - critic(x)).abs().max() < 0.01
 
 
 @both
@@ -527,6 +523,26 @@ def test_score_of_the_reloaded_agent_and_the_buffer_in_the_checkpoint(module, tm
     assert saved["buffer"]["position"] == 300 % 250
     assert saved["updates"] == (600 - 100) // 2
     assert not saved["buffer"]["rows"][:, -1].any(), "Pendulum only ends at its time limit"
+
+
+@both
+@pytest.mark.parametrize("processes", [1, 2])
+def test_steps_that_an_end_leaves_out_do_not_count(module, processes, tmp_path):
+    """Each step earns 1 here, the last one too; there is an update for every two decisions."""
+    script = module.__name__.removeprefix("algos.")
+    flags = "--env-id InvertedPendulum-v4 --num-envs 2 --batch-size 16 --learning-starts 100 "
+    flags += "--total-timesteps 600 --action-repeat 8 --updates-per-step 0.5 --eval-episodes 1"
+    run(script, processes, *flags.split(), "--run-dir", tmp_path / "run")
+    newest = checkpoints(tmp_path / "run")[-1]
+    ranks = [torch.load(path, weights_only=True) for path in sorted(newest.glob("rank*.pt"))]
+    assert len(ranks) == processes
+    rewards = [rank["buffer"]["rows"][:, -2].view(-1, 2 // processes) for rank in ranks]
+    rewards = torch.cat(rewards, 1)
+    assert rewards.max() == 8 and rewards.min() < 8
+    steps = rewards.sum(1).cumsum(0)
+    for rank in ranks:
+        assert rank["global_step"] == steps[-1] and 600 - 16 < steps[-1] <= 600
+        assert rank["updates"] == (steps > 100).sum()
 
 
 @pytest.mark.parametrize(

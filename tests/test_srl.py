@@ -31,13 +31,7 @@ srl = importlib.import_module("algos.srl")
 O, A, J = 5, 2, 3
 LOW, HIGH = np.array([-1.0, 0.0], np.float32), np.array([3.0, 1.0], np.float32)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def group_of_one():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    torch.set_num_threads(1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("group_of_one")
 
 
 def make_agent():
@@ -573,12 +567,14 @@ def test_score_of_the_reloaded_agent(script, flags, updates, tmp_path):
     table = rows(tmp_path / "run")
     last = {key: value for _, key, value in table}
     newest, module = checkpoints(tmp_path / "run")[-1], importlib.import_module(f"algos.{script}")
+    drawn = torch.get_rng_state()
     for mode in ("deterministic", "stochastic"):
         returns = module.evaluate(newest, 3, mode == "deterministic")
         assert returns.mean() == pytest.approx(last[f"eval/{mode}_return"], rel=1e-6)
     curve = module.evaluate(newest, 3, True, lengths=EVALUATED_LENGTHS).mean(1)
     for length, value in zip(EVALUATED_LENGTHS, curve, strict=True):
         assert value == pytest.approx(last[f"eval/return@{length or 'random'}"], rel=1e-6)
+    assert torch.equal(torch.get_rng_state(), drawn), "an evaluation changes what training draws"
     fas = frequency_averaged_score(curve[:-1], "Pendulum-v1")
     assert last["eval/fas"] == pytest.approx(fas, rel=1e-6)
     scores = [(s, v) for s, key, v in table if key == "eval/deterministic_return"]

@@ -9,7 +9,7 @@ import torch
 import tyro
 
 from rlhf import UserError
-from tests.launch import assert_same_run, checkpoints, process_group_of_one
+from tests.launch import assert_same_run, checkpoints
 from tests.test_reward_model import causal_folder
 
 SCRIPTS = {
@@ -30,12 +30,7 @@ def f(prompts, completions, **columns):
     return drawn
 """
 
-
-@pytest.fixture(autouse=True, scope="module")
-def group_of_one():
-    """The functions of a script talk to a process group, here of this process alone."""
-    with process_group_of_one(importlib.import_module("algos.grpo_fsdp")):
-        yield
+pytestmark = pytest.mark.usefixtures("group_of_one")
 
 
 @pytest.fixture
