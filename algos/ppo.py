@@ -524,7 +524,7 @@ def setup_process(device):
     if "WORLD_SIZE" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(**options)
-    atexit.register(dist.destroy_process_group)  # a thread of gloo must not outlive Python
+    atexit.register(dist.destroy_process_group)  # NCCL asks for it; threads of gloo may outlive it
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if cuda:
         torch.cuda.set_device(local_rank)

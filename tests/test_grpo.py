@@ -420,6 +420,7 @@ one, other = script.gather_lists([found["groups"]])
 assert one == other, "the processes chose other groups"
 if rank == 0:
     torch.save(found, sys.argv[1])
+dist.barrier()  # a thread of gloo that works on while Python ends aborts the process
 """
 
 

@@ -317,6 +317,7 @@ family, tied, path = sys.argv[1], sys.argv[2] == "True", sys.argv[3]
 whole, metrics, _ = run_update({"micro_batch_tokens": 40}, rank, world_size, family, tied)
 if rank == 0:
     torch.save({"whole": whole, "metrics": metrics}, path)
+dist.barrier()  # a thread of gloo that works on while Python ends aborts the process
 """
 
 
