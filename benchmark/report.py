@@ -365,8 +365,8 @@ def table(evidence: Evidence) -> list[str]:
         apart = len({run.name for run, _ in groups}) > 1  # environments alone do not say which
         names = [f"{run.name} {env}".strip() if apart or not env else env for run, env in groups]
         lines += ["", f"`algos/{script}.py`, `{head}`: mean of the last 100 values of each run, "]
-        lines[-1] += "last value, best value of the stored curve; mean +- standard deviation over "
-        lines[-1] += "runs."
+        lines[-1] += "last value, best value of the stored curve, of which a point is the mean of "
+        lines[-1] += "a hundredth of the run; mean +- standard deviation over runs."
         titles = ["", "runs", "last 100", "IQM of it [95 %]", "last", "best", "published"]
         lines += ["", *header(titles)]
         for (run, env), name in zip(groups, names, strict=True):
