@@ -437,7 +437,7 @@ def main(args: Args) -> None:
             f"loss {loss:.3f}, accuracy {accuracy:.3f} on {num_test} held-out pairs -> {args.out}"
         )
     if dist.is_initialized():
-        dist.barrier()  # a thread of gloo that works on while Python ends aborts the process
+        dist.barrier()  # nobody leaves while rank 0 still writes
         dist.destroy_process_group()
 
 

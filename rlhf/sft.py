@@ -285,7 +285,7 @@ def main(args: Args) -> None:
             f"({len(examples) - len(kept)} too long) -> {args.out}"
         )
     if dist.is_initialized():
-        dist.barrier()  # a thread of gloo that works on while Python ends aborts the process
+        dist.barrier()  # nobody leaves while rank 0 still writes
         dist.destroy_process_group()
 
 

@@ -409,7 +409,7 @@ def test_accumulation_within_minibatches_is_exact():
 
 
 TWO_PROCESSES = """
-import sys, torch
+import os, sys, torch
 import torch.distributed as dist
 from algos import grpo_fsdp as script
 from tests import test_grpo as tests
@@ -420,7 +420,8 @@ one, other = script.gather_lists([found["groups"]])
 assert one == other, "the processes chose other groups"
 if rank == 0:
     torch.save(found, sys.argv[1])
-dist.barrier()  # a thread of gloo that works on while Python ends aborts the process
+dist.barrier()
+os._exit(0)  # where Python ends, a thread of gloo that still drops a tensor aborts the process
 """
 
 
