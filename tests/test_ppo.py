@@ -1,4 +1,7 @@
-"""ppo.py and ppo_continuous_action.py: every formula against hand-computed numbers."""
+"""ppo.py and ppo_continuous_action.py: every formula against hand-computed numbers.
+
+The update of their child by S3RL, in several processes, too.
+"""
 
 import importlib
 from types import SimpleNamespace
@@ -17,6 +20,7 @@ from tests.launch import checkpoints, needs_compiler, rows, run
 
 ppo = importlib.import_module("algos.ppo")
 continuous = importlib.import_module("algos.ppo_continuous_action")
+s3rl_ppo = importlib.import_module("algos.s3rl_ppo")
 both = pytest.mark.parametrize("module", [ppo, continuous], ids=["ppo", "continuous"])
 
 pytestmark = pytest.mark.usefixtures("group_of_one")
@@ -585,11 +589,10 @@ def two_processes(rank, port, folder):
     store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     results = {}
-    for module in (ppo, continuous):
-        for flags in TWO_PROCESS_FLAGS:
-            half = slice(32 * rank, 32 * (rank + 1))
-            _, parameters, metrics, _ = updated(module, half, **flags)
-            results[f"{module.__name__} {flags}"] = parameters, metrics
+    for module, flags in TWO_PROCESS_UPDATES:
+        half = slice(32 * rank, 32 * (rank + 1))
+        _, parameters, metrics, _ = updated(module, half, **flags)
+        results[f"{module.__name__} {flags}"] = parameters, metrics
     moments, generator = continuous.RunningMoments((2,)), np.random.default_rng(0)
     for rollout in generator.normal(3, 2, (3, 2, 5, 2)):  # three rollouts of two ranks
         moments.update(rollout[rank])
@@ -600,11 +603,13 @@ def two_processes(rank, port, folder):
     dist.destroy_process_group()
 
 
-TWO_PROCESS_FLAGS = [
-    {"num_minibatches": 1, "update_epochs": 2, "norm_adv": norm_adv, "target_kl": target_kl}
+ONE_MINIBATCH = {"num_minibatches": 1, "update_epochs": 2}
+TWO_PROCESS_UPDATES = [
+    (module, ONE_MINIBATCH | {"norm_adv": norm_adv, "target_kl": target_kl})
+    for module in (ppo, continuous)
     for norm_adv in (True, False)
     for target_kl in (None, 1e-9)
-]
+] + [(s3rl_ppo, ONE_MINIBATCH)]
 
 
 def free_port():
@@ -615,16 +620,15 @@ def free_port():
 def test_two_processes_are_one(tmp_path):
     mp.spawn(two_processes, (free_port(), str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    for module in (ppo, continuous):
-        for flags in TWO_PROCESS_FLAGS:
-            start, whole, metrics, _ = updated(module, slice(None), **flags)
-            halves, their_metrics = first[f"{module.__name__} {flags}"]
-            assert (whole - start).abs().max() > 1e-4
-            torch.testing.assert_close(halves, whole, atol=1e-6, rtol=0)
-            assert torch.equal(halves, second[f"{module.__name__} {flags}"][0])
-            for name in ("policy_loss", "value_loss", "grad_norm", "approx_kl", "clipfrac"):
-                key = f"losses/{name}"
-                assert their_metrics[key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-6)
+    for module, flags in TWO_PROCESS_UPDATES:
+        start, whole, metrics, _ = updated(module, slice(None), **flags)
+        halves, their_metrics = first[f"{module.__name__} {flags}"]
+        assert (whole - start).abs().max() > 1e-4
+        torch.testing.assert_close(halves, whole, atol=1e-6, rtol=0)
+        assert torch.equal(halves, second[f"{module.__name__} {flags}"][0])
+        for name in ("policy_loss", "value_loss", "grad_norm", "approx_kl", "clipfrac"):
+            key = f"losses/{name}"
+            assert their_metrics[key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-6)
     moments = continuous.RunningMoments((2,))
     moments.update(np.random.default_rng(0).normal(3, 2, (3, 2, 5, 2)).reshape(-1, 2))
     for theirs in (first["moments"], second["moments"]):

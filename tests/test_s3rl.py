@@ -223,34 +223,60 @@ def test_empty_clusters_are_dropped(script, monkeypatch):
     assert sizes.tolist() == [1, 0, 3]
 
 
-def test_values_of_sac_are_those_of_the_actions_taken(teacher, monkeypatch):
-    """Eq. (8), by playing the teacher's episodes again."""
-    sac, seen = module("s3rl_sac"), []
+def scored(script, folder, env_id, episodes, monkeypatch):
+    """The values that take_snapshots gives to the clustering, and what it logs."""
+    child, seen = module(script), []
     found = np.array([0.5, 0.5]), np.array([1, 1])
-    monkeypatch.setattr(sac, "start_probabilities", lambda *inputs: seen.append(inputs) or found)
-    plan = {"seed": 3, "teacher_episodes": 2, "snapshot_every": 7, "clusters": 6}
-    folder = teacher("s3rl_sac")
-    sac.take_snapshots(SimpleNamespace(env_id="Pendulum-v1", teacher=folder, **plan))
-    env = make_env("Pendulum-v1")
-    agent = sac.Agent(env.observation_space, env.action_space)
-    load_teacher(folder, env, agent, "sac_continuous_action")
-    act, generator, inputs, means = sac.numpy_policy(agent), np.random.default_rng(20_003), [], []
+    monkeypatch.setattr(child, "start_probabilities", lambda *inputs: seen.append(inputs) or found)
+    plan = {"seed": 3, "teacher_episodes": episodes, "snapshot_every": 7, "clusters": 6}
+    _, facts = child.take_snapshots(SimpleNamespace(env_id=env_id, teacher=folder, **plan))
+    ((values, clusters),) = seen
+    assert clusters == 6
+    return values, facts
+
+
+@every_script
+def test_values_are_those_of_the_teacher(script, teacher, monkeypatch):
+    """By playing its episodes again with the parent's networks; what they are not is told apart."""
+    folder, env, parent = teacher(script), make_env("Pendulum-v1"), module(PARENTS[script])
+    values, facts = scored(script, folder, "Pendulum-v1", 2, monkeypatch)
+    agent = parent.Agent(env.observation_space, env.action_space)
+    saved = load_teacher(folder, env, agent, PARENTS[script])
+    if script == "s3rl_ppo":
+        moments = RunningMoments.of_state(saved["obs_moments"])
+        act = parent.frozen_policy(agent, moments, env.action_space, 20_003, False)
+    else:
+        likeliest, generator = parent.numpy_policy(agent), np.random.default_rng(20_003)
+        std = 1.0 if script == "s3rl_sac" else 0.0
+
+        def act(obs):
+            return likeliest(obs, std * generator.standard_normal(1))
+
+    observations, actions, total = [], [], 0.0
     for episode in range(2):
         obs, _ = env.reset(seed=20_003 + episode)
         for _ in range(200):
-            action = act(obs, generator.standard_normal(1))
-            inputs.append(np.concatenate([obs, action]))
-            means.append(np.concatenate([obs, act(obs, 0.0)]))
-            obs, *_ = env.step(action)
+            observations.append(obs)
+            actions.append(act(obs))
+            obs, reward, *_ = env.step(actions[-1])
+            total += reward
+    assert facts["charts/teacher_return"] == pytest.approx(total / 2)
+    obs, actions = np.array(observations[::7], np.float32), np.array(actions[::7], np.float32)
     with torch.no_grad():
-        values, others = (
-            agent.critic(torch.from_numpy(np.array(x[::7], np.float32)))[0].numpy()
-            for x in (inputs, means)
-        )
-    ((given, clusters),) = seen
-    assert clusters == 6 and len(given) == 58
-    np.testing.assert_allclose(given, values, rtol=1e-4, atol=1e-5)
-    assert not np.allclose(given, others, rtol=1e-4, atol=1e-5)
+        if script == "s3rl_ppo":
+            expected = agent.value(torch.from_numpy(moments.normalize(obs)))
+            others = [agent.value(torch.from_numpy(obs))]
+        else:
+            x = torch.from_numpy(np.column_stack([obs, actions]))
+            expected, second = agent.critic(x)
+            others = [second, agent.target(x)[0]]
+            if script == "s3rl_sac":
+                x = torch.from_numpy(np.column_stack([obs, likeliest(obs, 0.0)]))
+                others.append(agent.critic(x)[0])
+    assert len(values) == 58
+    np.testing.assert_allclose(values, expected.numpy(), rtol=1e-4, atol=1e-5)
+    for other in others:
+        assert not np.allclose(values, other.numpy(), rtol=1e-4, atol=1e-5)
 
 
 @every_script
@@ -272,8 +298,9 @@ def test_frequencies_of_starts(script, clusters):
 def test_environments_draw_apart(script):
     snapshots = pendulum_snapshots(list(range(50)))
     envs = first_phase(script, snapshots, 100, 4)
-    drawn = {seed: np.stack([envs.reset(seed=seed)[0].copy()]) for seed in (0, 4, 0)}
-    assert len(np.unique(np.concatenate([*drawn[0], *drawn[4]]), axis=0)) > 5
+    first, other, again = (envs.reset(seed=seed)[0].copy() for seed in (0, 4, 0))
+    assert np.array_equal(first, again)
+    assert len(np.unique(np.concatenate([first, other]), axis=0)) > 5
     starts = [[env.reset()[0].tobytes() for _ in range(5)] for env in envs.envs]
     assert len({tuple(s) for s in starts}) == 4
 
@@ -494,13 +521,9 @@ def test_rollout_of_discrete_actions():
 
 def test_a_teacher_of_ppo_sees_raw_observations(teacher, monkeypatch):
     """Its draws, and eq. (9), by playing its episodes again with the networks of ppo.py."""
-    child, parent, seen = module("s3rl_ppo"), module("ppo"), []
-    found = np.array([0.5, 0.5]), np.array([1, 1])
-    monkeypatch.setattr(child, "start_probabilities", lambda *inputs: seen.append(inputs) or found)
-    plan = {"seed": 3, "teacher_episodes": 5, "snapshot_every": 7, "clusters": 6}
-    folder, env = teacher("s3rl_ppo", "CartPole-v1"), make_env("CartPole-v1")
-    args = SimpleNamespace(env_id="CartPole-v1", teacher=folder, **plan)
-    _, facts = child.take_snapshots(args)
+    parent, folder = module("ppo"), teacher("s3rl_ppo", "CartPole-v1")
+    env = make_env("CartPole-v1")
+    found, facts = scored("s3rl_ppo", folder, "CartPole-v1", 5, monkeypatch)
     agent = parent.Agent(env.observation_space, env.action_space)
     load_teacher(folder, env, agent, "ppo")
     actor, generator, inputs = parent.numpy_mlp(agent.actor), np.random.default_rng(20_003), []
@@ -515,7 +538,7 @@ def test_a_teacher_of_ppo_sees_raw_observations(teacher, monkeypatch):
     assert facts["charts/teacher_return"] == len(inputs) / 5
     with torch.no_grad():
         values = agent.value(torch.from_numpy(np.array(inputs[::7])))
-    np.testing.assert_allclose(seen[0][0], values.numpy(), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found, values.numpy(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("env_id", DISCRETE)
