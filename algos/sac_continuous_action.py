@@ -19,7 +19,7 @@ Run:  python algos/sac_continuous_action.py --env-id HalfCheetah-v5
       python algos/sac_continuous_action.py --env-id HalfCheetah-v5 --resume auto
 
 Differs from the paper: no value network (the second paper has none either), w in [-5, 2] by tanh,
-    actor and alpha learn in pairs of steps, alpha with the step size of the critics (CleanRL).
+    actor and alpha learn in pairs of steps, alpha with the critics' step size of 1e-3 (CleanRL).
 Differs from the authors' code: it was not read; CleanRL's was. Against that: the first update comes
     one step earlier, and --action-repeat J is the baseline SAC-J of arXiv 2410.08979.
 
