@@ -217,19 +217,14 @@ def frozen_policy(agent, obs_moments, action_space, seed, deterministic):
 
 
 def flatten_parameters(module: nn.Module) -> nn.Parameter:
-    """Move all parameters and gradients into two vectors, of which they become views.
+    """Move all parameters into one vector, of which they become views.
 
     Clipping, gradient exchange and Adam then handle one tensor instead of a dozen small ones.
     """
     parameters = list(module.parameters())
     flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
-    flat.grad = torch.zeros_like(flat)
-    start = 0
-    for p in parameters:
-        end = start + p.numel()
-        p.data = flat.data[start:end].view_as(p)
-        p.grad = flat.grad[start:end].view_as(p)
-        start = end
+    for p, part in zip(parameters, flat.data.split([p.numel() for p in parameters]), strict=True):
+        p.data = part.view_as(p)
     return flat
 
 
@@ -598,14 +593,17 @@ def normalize_advantages(advantages):
     return ((x - total / count) / (std + 1e-8)).float()
 
 
-def minibatch_gradient(agent, flat, mb, args):
+def gradient_vector(loss, module):
+    """d loss / d parameters in one vector, in the order of `flatten_parameters`."""
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()))])
+
+
+def minibatch_gradient(agent, mb, args):
     # diverges: a Gaussian needs no distribution object
-    """Fill flat.grad with the gradient of the loss on this process's part of a minibatch."""
+    """Gradient of the loss on this process's part of a minibatch, and what to log."""
     logprob, entropy = agent.logprob(mb["obs"], mb["actions"]), agent.entropy()
     loss, metrics = ppo_loss(logprob, entropy, agent.value(mb["obs"]), mb, args)
-    flat.grad.zero_()
-    loss.backward()
-    return metrics
+    return gradient_vector(loss, agent), metrics
 
 
 def update(flat, optimizer, batch, gradient, args):
@@ -618,7 +616,7 @@ def update(flat, optimizer, batch, gradient, args):
         if args.norm_adv:
             epoch["advantages"] = normalize_advantages(epoch["advantages"])
         for rows in zip(*epoch.values(), strict=True):
-            metrics = gradient(dict(zip(epoch, rows, strict=True)))
+            flat.grad, metrics = gradient(dict(zip(epoch, rows, strict=True)))
             sum_over_processes(flat.grad).div_(world_size)
             grad_norm = flat.grad.norm()
             flat.grad.mul_((args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0))
@@ -658,7 +656,7 @@ def main(args):
     # made now, so that the first checkpoint is as large as the last
     moments = {name: torch.zeros_like(flat.data) for name in ("exp_avg", "exp_avg_sq")}
     optimizer.state[flat] = {"step": torch.zeros((), device=device), **moments}
-    gradient = partial(minibatch_gradient, agent, flat, args=args)
+    gradient = partial(minibatch_gradient, agent, args=args)
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # compile the backward pass with the rest
         gradient = torch.compile(gradient, dynamic=False)

@@ -231,19 +231,14 @@ def frozen_policy(agent, normalize, seed, deterministic):
 
 
 def flatten_parameters(module: nn.Module) -> nn.Parameter:
-    """Move all parameters and gradients into two vectors, of which they become views.
+    """Move all parameters into one vector, of which they become views.
 
     Clipping, gradient exchange and Adam then handle one tensor instead of a dozen small ones.
     """
     parameters = list(module.parameters())
     flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
-    flat.grad = torch.zeros_like(flat)
-    start = 0
-    for p in parameters:
-        end = start + p.numel()
-        p.data = flat.data[start:end].view_as(p)
-        p.grad = flat.grad[start:end].view_as(p)
-        start = end
+    for p, part in zip(parameters, flat.data.split([p.numel() for p in parameters]), strict=True):
+        p.data = part.view_as(p)
     return flat
 
 
@@ -662,14 +657,17 @@ def normalize_advantages(advantages):
     return ((x - total / count) / (std + 1e-8)).float()
 
 
-def minibatch_gradient(agent, flat, mb, args):
+def gradient_vector(loss, module):
+    """d loss / d parameters in one vector, in the order of `flatten_parameters`."""
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()))])
+
+
+def minibatch_gradient(agent, mb, args):
     # diverges: actions of both kinds
-    """Fill flat.grad with the gradient of the loss on this process's part of a minibatch."""
+    """Gradient of the loss on this process's part of a minibatch, and what to log."""
     logprob, entropy = agent.logprob_and_entropy(mb["obs"], mb["actions"])
     loss, metrics = ppo_loss(logprob, entropy, agent.value(mb["obs"]), mb, args)
-    flat.grad.zero_()
-    loss.backward()
-    return metrics
+    return gradient_vector(loss, agent), metrics
 
 
 def update(flat, optimizer, batch, gradient, args):
@@ -682,7 +680,7 @@ def update(flat, optimizer, batch, gradient, args):
         epoch = {name: tensor[order] for name, tensor in batch.items()}
         epoch["advantages"] = normalize_advantages(epoch["advantages"])
         for rows in zip(*epoch.values(), strict=True):
-            metrics = gradient(dict(zip(epoch, rows, strict=True)))
+            flat.grad, metrics = gradient(dict(zip(epoch, rows, strict=True)))
             sum_over_processes(flat.grad).div_(world_size)
             grad_norm = flat.grad.norm()
             flat.grad.mul_((args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0))
@@ -723,7 +721,7 @@ def main(args):
     # made now, so that the first checkpoint is as large as the last
     moments = {name: torch.zeros_like(flat.data) for name in ("exp_avg", "exp_avg_sq")}
     optimizer.state[flat] = {"step": torch.zeros((), device=device), **moments}
-    gradient = partial(minibatch_gradient, agent, flat, args=args)
+    gradient = partial(minibatch_gradient, agent, args=args)
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # compile the backward pass with the rest
         gradient = torch.compile(gradient, dynamic=False)

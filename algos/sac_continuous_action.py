@@ -227,19 +227,14 @@ def numpy_policy(agent: Agent):
 
 
 def flatten_parameters(module: nn.Module) -> nn.Parameter:
-    """Move all parameters and gradients into two vectors, of which they become views.
+    """Move all parameters into one vector, of which they become views.
 
     Clipping, gradient exchange and Adam then handle one tensor instead of a dozen small ones.
     """
     parameters = list(module.parameters())
     flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
-    flat.grad = torch.zeros_like(flat)
-    start = 0
-    for p in parameters:
-        end = start + p.numel()
-        p.data = flat.data[start:end].view_as(p)
-        p.grad = flat.grad[start:end].view_as(p)
-        start = end
+    for p, part in zip(parameters, flat.data.split([p.numel() for p in parameters]), strict=True):
+        p.data = part.view_as(p)
     return flat
 
 
@@ -599,8 +594,13 @@ def adam(parameter, learning_rate):
     return optimizer
 
 
-def critic_gradient(agent, flat, batch, noise, args):
-    """Fill flat["critic"].grad on this process's part of a batch, eqs. (3) and (4)."""
+def gradient_vector(loss, module):
+    """d loss / d parameters in one vector, in the order of `flatten_parameters`."""
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()))])
+
+
+def critic_gradient(agent, batch, noise, args):
+    """Gradient on this process's part of a batch, eqs. (3) and (4), and what to log."""
     with torch.autocast(noise.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         with torch.no_grad():
             next_actions, next_logprob = agent.sample(batch["next_obs"], noise)
@@ -609,30 +609,25 @@ def critic_gradient(agent, flat, batch, noise, args):
     alpha = agent.log_alpha.detach().exp()
     signal = batch["rewards"], batch["terminations"]
     loss, metrics = critic_loss(q, td_target(*signal, next_q, next_logprob, alpha, args.gamma))
-    flat["critic"].grad.zero_()
-    loss.backward()
-    return metrics
+    return gradient_vector(loss, agent.critic), metrics
 
 
-def actor_gradient(agent, flat, obs, noise, args):
-    """Fill flat["actor"].grad."""
+def actor_gradient(agent, obs, noise, args):
+    """Gradient on this process's part of a batch, and what to log."""
     with torch.autocast(noise.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         actions, logprob = agent.sample(obs, noise)
         q = agent.critic(torch.cat([obs, actions], 1), frozen=True)
     loss, metrics = actor_loss(logprob, q, agent.log_alpha.detach().exp())
-    flat["actor"].grad.zero_()
-    loss.backward()
-    return metrics
+    return gradient_vector(loss, agent.actor), metrics
 
 
 @torch.no_grad()
-def alpha_gradient(agent, flat, obs, noise, args):
-    """Fill the gradient of eq. (6) in log alpha: exp is its own derivative, so it is the loss."""
+def alpha_gradient(agent, obs, noise, args):
+    """Gradient of eq. (6) in log alpha: exp is its own derivative, so it is the loss."""
     with torch.autocast(noise.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         _, logprob = agent.sample(obs, noise)
     loss = alpha_loss(agent.log_alpha, logprob, -noise.shape[1])
-    flat["alpha"].grad.copy_(loss)
-    return {"alpha_loss": loss}
+    return loss, {"alpha_loss": loss.clone()}
 
 
 def update(flat, optimizers, gradients, batch, noise, args):
@@ -643,9 +638,10 @@ def update(flat, optimizers, gradients, batch, noise, args):
     """
 
     def descend(name, *inputs):
-        metrics.update(gradients[name](*inputs))
-        mean_over_processes(flat[name].grad)
+        grad, found = gradients[name](*inputs)
+        flat[name].grad = mean_over_processes(grad)
         optimizers[name].step()
+        metrics.update(found)
 
     metrics = {}
     descend("critic", batch, noise[0])
@@ -699,11 +695,10 @@ def main(args):
     low, high = envs.single_action_space.low.ravel(), envs.single_action_space.high.ravel()
     flat = {n: flatten_parameters(getattr(agent, n)) for n in ("critic", "actor", "target")}
     flat["alpha"] = agent.log_alpha
-    flat["alpha"].grad = torch.zeros_like(agent.log_alpha)
     rates = {"critic": args.q_lr, "actor": args.policy_lr, "alpha": args.q_lr}
     optimizers = {name: adam(flat[name], rate) for name, rate in rates.items()}
     gradients = {"critic": critic_gradient, "actor": actor_gradient, "alpha": alpha_gradient}
-    gradients = {name: partial(f, agent, flat, args=args) for name, f in gradients.items()}
+    gradients = {name: partial(f, agent, args=args) for name, f in gradients.items()}
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # compile the backward pass with the rest
         gradients = {name: torch.compile(f, dynamic=False) for name, f in gradients.items()}

@@ -242,19 +242,14 @@ def numpy_policy(agent: Agent):
 
 
 def flatten_parameters(module: nn.Module) -> nn.Parameter:
-    """Move all parameters and gradients into two vectors, of which they become views.
+    """Move all parameters into one vector, of which they become views.
 
     Clipping, gradient exchange and Adam then handle one tensor instead of a dozen small ones.
     """
     parameters = list(module.parameters())
     flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
-    flat.grad = torch.zeros_like(flat)
-    start = 0
-    for p in parameters:
-        end = start + p.numel()
-        p.data = flat.data[start:end].view_as(p)
-        p.grad = flat.grad[start:end].view_as(p)
-        start = end
+    for p, part in zip(parameters, flat.data.split([p.numel() for p in parameters]), strict=True):
+        p.data = part.view_as(p)
     return flat
 
 
@@ -633,8 +628,13 @@ def adam(parameter, learning_rate):
     return optimizer
 
 
-def grader_gradient(agent, flat, batches, noise, args):
-    """Fill flat["grader"].grad on this process's part of two batches, eqs. (10), (4) and (11)."""
+def gradient_vector(loss, module):
+    """d loss / d parameters in one vector, in the order of `flatten_parameters`."""
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()))])
+
+
+def grader_gradient(agent, batches, noise, args):
+    """Gradient on this process's part of two batches, eqs. (10), (4), (11), and what to log."""
     batch, second = batches
     with torch.no_grad():
         # PITFALL: the action before s' is that of this transition, not the one before that
@@ -644,39 +644,38 @@ def grader_gradient(agent, flat, batches, noise, args):
     target = td_target(*signal, next_q, logprob[0], alpha, args.gamma)
     loss, metrics = critic_loss(agent.grader["critic"](batch["obs_action"]), target)
     error = model_loss(agent.grader["model"](second["obs_action"]), second["next_obs"])
-    flat["grader"].grad.zero_()
-    (loss + error).backward()  # they share no weights
-    return metrics | {"model_loss": error.detach()}
+    grads = {"grader": gradient_vector(loss + error, agent.grader)}  # they share no weights
+    return grads, metrics | {"model_loss": error.detach()}
 
 
-def actor_gradient(agent, flat, batch, noise, args):
+def actor_gradient(agent, batch, noise, args):
     # diverges: sequences, graded at the states of the model; alpha learns from them, too
-    """Fill flat["actor"].grad and flat["alpha"].grad."""
+    """Gradients in actor and log alpha on this process's part of a batch, and what to log."""
     actions, logprob = agent.sample(batch["obs"], batch["previous"], noise)
     # all J steps at once, since none of the states carries a gradient
     x = torch.cat([agent.recall(batch["obs"], actions), actions], 2).flatten(0, 1)
     q = agent.grader["critic"](x, frozen=True).unflatten(1, logprob.shape)
     loss, metrics = actor_loss(logprob, q, agent.log_alpha.detach().exp())
     for_alpha = alpha_loss(agent.log_alpha, logprob, -actions.shape[2])
-    flat["actor"].grad.zero_()
-    flat["alpha"].grad.zero_()
-    (loss + for_alpha).backward()
-    return metrics | {"alpha_loss": for_alpha.detach()}
+    grads = {"actor": gradient_vector(loss, agent.actor)}
+    grads["alpha"] = torch.autograd.grad(for_alpha, agent.log_alpha)[0]
+    return grads, metrics | {"alpha_loss": for_alpha.detach()}
 
 
 def update(flat, optimizers, gradients, batches, noise, args):
     # diverges: a batch for the critics, another for model, actor and alpha
     """One step of all networks and targets; noise: (1 + J, M, A). Returns what to log."""
 
-    def step(*names):
-        for name in names:
-            mean_over_processes(flat[name].grad)
-            optimizers[name].step()
+    def descend(name, *inputs):
+        grads, found = gradients[name](*inputs)
+        for part, grad in grads.items():
+            flat[part].grad = mean_over_processes(grad)
+            optimizers[part].step()
+        metrics.update(found)
 
-    metrics = gradients["grader"](batches, noise[:1])
-    step("grader")
-    metrics |= gradients["actor"](batches[1], noise[1:])
-    step("actor", "alpha")
+    metrics = {}
+    descend("grader", batches, noise[:1])
+    descend("actor", batches[1], noise[1:])
     flat["target"].data.lerp_(flat["grader"].data, args.tau)  # eq. (15)
     return metrics
 
@@ -705,10 +704,9 @@ def main(args):
     low, high = envs.single_action_space.low.ravel(), envs.single_action_space.high.ravel()
     flat = {n: flatten_parameters(getattr(agent, n)) for n in ("grader", "actor", "target")}
     flat["alpha"] = agent.log_alpha
-    flat["alpha"].grad = torch.zeros_like(agent.log_alpha)
     optimizers = {n: adam(flat[n], args.learning_rate) for n in ("grader", "actor", "alpha")}
     gradients = {"grader": grader_gradient, "actor": actor_gradient}
-    gradients = {name: partial(f, agent, flat, args=args) for name, f in gradients.items()}
+    gradients = {name: partial(f, agent, args=args) for name, f in gradients.items()}
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # compile the backward pass with the rest
         gradients = {name: torch.compile(f, dynamic=False) for name, f in gradients.items()}

@@ -227,19 +227,14 @@ def numpy_policy(agent: Agent):
 
 
 def flatten_parameters(module: nn.Module) -> nn.Parameter:
-    """Move all parameters and gradients into two vectors, of which they become views.
+    """Move all parameters into one vector, of which they become views.
 
     Clipping, gradient exchange and Adam then handle one tensor instead of a dozen small ones.
     """
     parameters = list(module.parameters())
     flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
-    flat.grad = torch.zeros_like(flat)
-    start = 0
-    for p in parameters:
-        end = start + p.numel()
-        p.data = flat.data[start:end].view_as(p)
-        p.grad = flat.grad[start:end].view_as(p)
-        start = end
+    for p, part in zip(parameters, flat.data.split([p.numel() for p in parameters]), strict=True):
+        p.data = part.view_as(p)
     return flat
 
 
@@ -589,9 +584,14 @@ def adam(parameter, learning_rate):
     return optimizer
 
 
-def critic_gradient(agent, flat, batch, noise, args):
+def gradient_vector(loss, module):
+    """d loss / d parameters in one vector, in the order of `flatten_parameters`."""
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()))])
+
+
+def critic_gradient(agent, batch, noise, args):
     # diverges: the target actor, smoothed, and no entropy
-    """Fill flat["critic"].grad on this process's part of a batch, eqs. (11) and (4)."""
+    """Gradient on this process's part of a batch, eqs. (11) and (4), and what to log."""
     with torch.autocast(noise.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         with torch.no_grad():
             next_actions = agent.actions(agent.target_actor, batch["next_obs"])
@@ -600,21 +600,17 @@ def critic_gradient(agent, flat, batch, noise, args):
         q = agent.critic(batch["obs_action"])
     target = td_target(batch["rewards"], batch["terminations"], next_q, args.gamma)
     loss, metrics = critic_loss(q, target)
-    flat["critic"].grad.zero_()
-    loss.backward()
-    return metrics
+    return gradient_vector(loss, agent.critic), metrics
 
 
-def actor_gradient(agent, flat, obs, args):
+def actor_gradient(agent, obs, args):
     # diverges: a deterministic actor
-    """Fill flat["actor"].grad."""
+    """Gradient on this process's part of a batch, and what to log."""
     with torch.autocast(obs.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         actions = agent.actions(agent.actor, obs)
         q = agent.critic(torch.cat([obs, actions], 1), for_actor=True)
     loss, metrics = actor_loss(q)
-    flat["actor"].grad.zero_()
-    loss.backward()
-    return metrics
+    return gradient_vector(loss, agent.actor), metrics
 
 
 def update(flat, optimizers, gradients, batch, noise, actor_due, args):
@@ -625,9 +621,10 @@ def update(flat, optimizers, gradients, batch, noise, actor_due, args):
     """
 
     def descend(name, *inputs):
-        metrics.update(gradients[name](*inputs))
-        mean_over_processes(flat[name].grad)
+        grad, found = gradients[name](*inputs)
+        flat[name].grad = mean_over_processes(grad)
         optimizers[name].step()
+        metrics.update(found)
 
     metrics = {}
     descend("critic", batch, noise)
@@ -681,7 +678,7 @@ def main(args):
     flat = {n: flatten_parameters(getattr(agent, n)) for n in names}
     optimizers = {name: adam(flat[name], args.learning_rate) for name in ("critic", "actor")}
     gradients = {"critic": critic_gradient, "actor": actor_gradient}
-    gradients = {name: partial(f, agent, flat, args=args) for name, f in gradients.items()}
+    gradients = {name: partial(f, agent, args=args) for name, f in gradients.items()}
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # compile the backward pass with the rest
         gradients = {name: torch.compile(f, dynamic=False) for name, f in gradients.items()}
