@@ -758,6 +758,8 @@ def main(args):
         started, start_step, start_updates = time.monotonic(), global_step, updates
         metrics, episodes = {}, []
         for _ in range(min(args.log_every, (total - global_step) // args.num_envs)):
+            if device.type == "cuda" and (state["position"] == J).any():
+                act = numpy_policy(agent)  # weights go to the host where a sequence begins
             actions = next_actions(state, act, low, high, global_step < args.random_steps)
             ended = env_step(envs, actions, state, buffer)
             global_step += args.num_envs
@@ -766,7 +768,7 @@ def main(args):
             for _ in range(updates, due):
                 noise = torch.randn(1 + J, batch_size, A).to(device)
                 metrics |= learn(list(buffer.sample()), noise)
-            updates, act = due, numpy_policy(agent) if device.type == "cuda" else act
+            updates = due
 
         for step, episodic_return, length in gather_lists(episodes):
             recent.append(episodic_return)
