@@ -647,7 +647,7 @@ def alpha_gradient(agent, obs, noise):
     # diverges: no --precision
     """Gradient of eq. (6) in log alpha: exp is its own derivative, so it is the loss."""
     loss = alpha_loss(agent.log_alpha, agent.sample(obs, noise)[1], -noise.shape[1])
-    return loss, {"alpha_loss": loss.clone()}
+    return loss, {"alpha_loss": loss.clone()}  # processes average the gradient in place
 
 
 def update(flat, optimizers, gradients, batch, noise, args):

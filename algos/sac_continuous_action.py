@@ -627,7 +627,7 @@ def alpha_gradient(agent, obs, noise, args):
     with torch.autocast(noise.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         _, logprob = agent.sample(obs, noise)
     loss = alpha_loss(agent.log_alpha, logprob, -noise.shape[1])
-    return loss, {"alpha_loss": loss.clone()}
+    return loss, {"alpha_loss": loss.clone()}  # processes average the gradient in place
 
 
 def update(flat, optimizers, gradients, batch, noise, args):

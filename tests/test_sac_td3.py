@@ -351,8 +351,6 @@ def test_sac_update_is_plain_torch():
     """Two networks, autograd on modules, separate Adams, written out as in the equations."""
     s = learner(sac)
     ref = copy.deepcopy(s.agent)
-    for p in ref.parameters():
-        p.grad = None
     optimizers = {
         "critic": torch.optim.Adam(ref.critic.parameters(), lr=1e-3),
         "actor": torch.optim.Adam(ref.actor.parameters(), lr=3e-4),
@@ -392,8 +390,6 @@ def test_sac_update_is_plain_torch():
 def test_td3_update_is_plain_torch(actor_due):
     s = learner(td3)
     ref = copy.deepcopy(s.agent)
-    for p in ref.parameters():
-        p.grad = None
     critic = torch.optim.Adam(ref.critic.parameters(), lr=1e-3)
     actor = torch.optim.Adam(ref.actor.parameters(), lr=3e-4)
     batch, noise = random_batch(32), 3 * torch.randn(32, A)  # so that its bound acts

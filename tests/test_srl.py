@@ -420,8 +420,6 @@ def test_update_is_plain_torch(length):
     """Separate losses, graphs and Adams, one step of the sequence after the other."""
     s = learner(length)
     ref = copy.deepcopy(s.agent)
-    for p in ref.parameters():
-        p.grad = None
     nets = {"actor": ref.actor, "critic": ref.grader["critic"], "model": ref.grader["model"]}
     adams = {name: torch.optim.Adam(net.parameters(), lr=3e-4) for name, net in nets.items()}
     adams["alpha"] = torch.optim.Adam([ref.log_alpha], lr=3e-4)
