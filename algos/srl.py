@@ -634,7 +634,7 @@ def gradient_vector(loss, module):
 
 
 def grader_gradient(agent, batches, noise, args):
-    """{"grader": gradient} on this process's part of two batches, (10), (4), (11); what to log."""
+    """{"grader": gradient} on two batches, eqs. (10), (4) and (11), and what to log."""
     batch, second = batches
     with torch.no_grad():
         # PITFALL: the action before s' is that of this transition, not the one before that
@@ -650,7 +650,7 @@ def grader_gradient(agent, batches, noise, args):
 
 def actor_gradient(agent, batch, noise, args):
     # diverges: sequences, graded at the states of the model; alpha learns from them, too
-    """{"actor", "alpha": gradient} on this process's part of a batch, and what to log."""
+    """{"actor": gradient, "alpha": gradient} on a batch, and what to log."""
     actions, logprob = agent.sample(batch["obs"], batch["previous"], noise)
     # all J steps at once, since none of the states carries a gradient
     x = torch.cat([agent.recall(batch["obs"], actions), actions], 2).flatten(0, 1)
