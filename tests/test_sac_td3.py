@@ -424,6 +424,17 @@ def test_fixed_alpha_stays():
 
 @both
 def test_bf16_is_close(module):
+    """After three updates of equal noise the parameters are near, and still float32."""
+    exact, metrics = updated(module)
+    rounded, their_metrics = updated(module, precision="bf16")
+    for name, vector in rounded.items():
+        assert vector.dtype == torch.float32
+        assert (vector - exact[name]).abs().max() < 0.01
+    assert their_metrics["qf_loss"] == pytest.approx(metrics["qf_loss"], rel=0.05)
+
+
+@both
+def test_gradients_of_bf16_are_close(module):
     """Of equal weights, batch and noise every gradient has nearly the same direction and length."""
     batch, noise = random_batch(32), torch.randn(32, A)
     inputs = {"critic": [batch, noise], "alpha": [batch["obs"], noise]}
