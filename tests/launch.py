@@ -2,14 +2,18 @@
 
 import csv
 import hashlib
+import multiprocessing
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -38,16 +42,62 @@ def command(script, processes, *flags):
     return [*torchrun, "--nproc_per_node", str(processes), path, *map(str, flags)]
 
 
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(
+    "tests.launch torch._dynamo torch.distributed.checkpoint torch.utils.tensorboard tyro "
+    "gymnasium.envs.mujoco sklearn.cluster peft".split()
+)
+
+
+class Forked(FORKSERVER.Process):
+    """`python WORDS` without the seconds in which Python reads PyTorch: a server has read it."""
+
+    def __init__(self, words, outputs, before):
+        """outputs: files of stdout and stderr; before: a function to call before the script."""
+        super().__init__()
+        self.words, self.outputs, self.before = words, outputs, before
+        with mock.patch.dict(os.environ, ENVIRONMENT):  # the first start starts the server
+            self.start()
+
+    def run(self):
+        for descriptor, path in enumerate(self.outputs, 1):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+        os.chdir(ROOT)
+        sys.argv = self.words
+        others = [path for path in sys.path if path and Path(path) != ROOT]
+        sys.path = [str(Path(self.words[0]).parent), *others]
+        if self.before:
+            self.before()
+        try:
+            runpy.run_path(self.words[0], run_name="__main__")
+        except Exception:
+            sys.excepthook(*sys.exc_info())
+            sys.exit(1)
+
+    def poll(self):
+        return self.exitcode
+
+    def wait(self, timeout):
+        self.join(timeout)
+        if self.exitcode is None:
+            raise subprocess.TimeoutExpired(self.words, timeout)
+        return self.exitcode
+
+
 class Run:
     """A script that runs in the background; its whole process tree ends with the block."""
 
-    def __init__(self, script, processes, *flags, wrapper=None):
-        """wrapper: Python code to run the script within; it finds the script in sys.argv."""
+    def __init__(self, script, processes, *flags, fresh=False, before=None):
+        """fresh: by an interpreter of its own, as torchrun starts it too; before: see Forked."""
         words = command(script, processes, *flags)
-        if wrapper:
-            words[1:1] = ["-c", wrapper]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self.process = subprocess.Popen(words, text=True, cwd=ROOT, env=ENVIRONMENT, **pipes)
+        self.folder = tempfile.TemporaryDirectory()
+        self.outputs = [Path(self.folder.name, name) for name in ("stdout", "stderr")]
+        if fresh or processes > 1:
+            with self.outputs[0].open("w") as out, self.outputs[1].open("w") as err:
+                pipes = {"stdout": out, "stderr": err}
+                self.process = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, **pipes)
+        else:
+            self.process = Forked(words[1:], self.outputs, before)
 
     def __enter__(self):
         return self
@@ -55,13 +105,12 @@ class Run:
     def __exit__(self, *_):
         if self.process.poll() is None:
             self.kill()
-        for pipe in (self.process.stdout, self.process.stderr):
-            pipe.close()
+        self.folder.cleanup()
 
     def finish(self, timeout=300):
         """Wait; returns exit code, stdout, stderr."""
-        out, err = self.process.communicate(timeout=timeout)
-        return self.process.returncode, out, err
+        code = self.process.wait(timeout)
+        return code, *(path.read_text() for path in self.outputs)
 
     def poll_until(self, condition, timeout=300):
         """Wait for `condition`, looking often enough to catch any moment of an update."""
@@ -103,9 +152,9 @@ def descendants(pid):
     return found
 
 
-def run(script, processes, *flags, timeout=300):
+def run(script, processes, *flags, timeout=300, fresh=False):
     """Run to the end, which must be a good one. Returns stdout and stderr."""
-    with Run(script, processes, *flags) as started:
+    with Run(script, processes, *flags, fresh=fresh) as started:
         code, out, err = started.finish(timeout)
     assert code == 0, f"{command(script, processes, *flags)} gave {code}:\n{err[-3000:]}"
     return out, err

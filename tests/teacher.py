@@ -26,4 +26,4 @@ if __name__ == "__main__":
         folder = ROOT / "runs" / "tests" / f"{script}__{env_id}"
         shutil.rmtree(folder, ignore_errors=True)
         words = f"--env-id {env_id} {RUNS[script][env_id]} --eval-episodes 10 --run-dir {folder}"
-        run(script, 1, *words.split(), timeout=600)
+        run(script, 1, *words.split(), timeout=600, fresh=True)

@@ -55,7 +55,7 @@ def reference(tmp_path_factory):
     def get(script, processes):
         if (script, processes) not in done:
             run_dir = tmp_path_factory.mktemp(f"{script}-{processes}") / "run"
-            run(script, processes, *smoke_flags(script, run_dir))
+            run(script, processes, *smoke_flags(script, run_dir), fresh=True)
             done[script, processes] = run_dir
         return done[script, processes]
 
@@ -96,7 +96,7 @@ def test_table_of_cases():
 def test_help(script):
     """Within ten seconds of CPU; the clock would measure what else runs on the machine."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    out, _ = run(script, 1, "--help")
+    out, _ = run(script, 1, "--help", fresh=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "--resume" in out and "--run-dir" in out
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
@@ -316,13 +316,9 @@ def test_resume_by_another_number_of_processes(script, reference):
     assert digests(run_dir) == before
 
 
-ALMOST_FULL = """
-import runpy, shutil, sys
-usage = shutil.disk_usage
-shutil.disk_usage = lambda path: usage(path)._replace(free=1000)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+def almost_fill_disk():
+    usage = shutil.disk_usage
+    shutil.disk_usage = lambda path: usage(path)._replace(free=1000)
 
 
 def assert_refused_before_training(run, run_dir):
@@ -337,7 +333,7 @@ def assert_refused_before_training(run, run_dir):
 @every_script
 def test_almost_full_disk(script, tmp_path):
     flags = smoke_flags(script, tmp_path / "run")
-    with Run(script, 1, *flags, wrapper=ALMOST_FULL) as refused:
+    with Run(script, 1, *flags, before=almost_fill_disk) as refused:
         assert_refused_before_training(refused, tmp_path / "run")
 
 
