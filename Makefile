@@ -8,7 +8,7 @@ THREADS := OMP_NUM_THREADS=1
 
 help:
 	@echo "make demo       PPO on a small language model, two FSDP processes, about 5 minutes"
-	@echo "make test       all tests, about 45 minutes on two cores"
+	@echo "make test       all tests, half an hour to an hour on two cores"
 	@echo "make docs       the documentation as a web site in site/"
 	@echo "make gpu-check  every script for a few updates on the GPU, compared with the CPU"
 	@echo "make speed      speed of the sampler and of scoring against transformers"

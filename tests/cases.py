@@ -106,7 +106,8 @@ CASES = {
     "sac_continuous_action": Case(
         smoke=OFF_POLICY + " --eval-lengths",
         changed="--gamma 0.9",
-        learning="--env-id Pendulum-v1 --total-timesteps 6000 --learning-starts 1000",
+        # nine seeds of nine gave more than -140; at 6000 steps one of them gave -269
+        learning="--env-id Pendulum-v1 --total-timesteps 8000 --learning-starts 1000",
         score=("eval/deterministic_return", -250),
         bad=OFF_POLICY_BAD | {"--alpha -1": "--alpha -1", "--action-repeat 0": "--action-repeat 0"},
     ),
