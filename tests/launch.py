@@ -56,7 +56,8 @@ class Forked(FORKSERVER.Process):
         """outputs: files of stdout and stderr; before: a function to call before the script."""
         super().__init__()
         self.words, self.outputs, self.before = words, outputs, before
-        with mock.patch.dict(os.environ, ENVIRONMENT):  # the first start starts the server
+        # the first start starts the server, perhaps within a test that has set variables
+        with mock.patch.dict(os.environ, ENVIRONMENT, clear=True):
             self.start()
 
     def run(self):
@@ -94,8 +95,9 @@ class Run:
         self.outputs = [Path(self.folder.name, name) for name in ("stdout", "stderr")]
         if fresh or processes > 1:
             with self.outputs[0].open("w") as out, self.outputs[1].open("w") as err:
-                pipes = {"stdout": out, "stderr": err}
-                self.process = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, **pipes)
+                self.process = subprocess.Popen(
+                    words, cwd=ROOT, env=ENVIRONMENT, stdout=out, stderr=err
+                )
         else:
             self.process = Forked(words[1:], self.outputs, before)
 
