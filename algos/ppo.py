@@ -60,8 +60,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python algos/ppo.py`
 
 from envs import UserError, report_user_error
-from envs.make import make_env, make_vector_env
-from envs.state import set_vector_env_state, vector_env_state
+from envs.episodes import make_episodes, play_episodes
+from envs.make import make_vector_env
+from envs.state import play_and_save, set_vector_env_state, vector_env_state
 
 # ARGS ============================================================================================
 
@@ -122,6 +123,8 @@ class Args:
     """record the first episode of each evaluation (pip install moviepy)"""
     track: Literal["wandb", "trackio"] | None = None
     """mirror the logs to this tracker, if it is installed"""
+    teach: tuple[Path, int, int, int, Path] | None = None
+    """play for an S3RL script, which starts this: CHECKPOINT EPISODES SEED EVERY FILE"""
 
     def __post_init__(self):
         world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -303,31 +306,27 @@ def rollout(envs, agent, state, args, device):
 
 
 @torch.random.fork_rng(devices=[])  # the first weights take no random numbers of training
-def evaluate(checkpoint, episodes, deterministic, video_dir=None):
-    """Returns of some episodes with a saved agent, on the CPU.
+def evaluate(checkpoint, episodes, deterministic, video_dir=None, teach=()):
+    """Returns (episodes,) with a saved agent, on the CPU; episode i starts from seed + 10_000 + i.
 
-    Episode i starts from seed + 10_000 + i, whatever training did. deterministic: the likeliest
-    action, else a draw. video_dir: where to record the first episode.
+    deterministic: the likeliest action, else a draw. video_dir: where to record the first episode.
+    teach: seed, interval and file, where S3RL wants episodes and V in place of the returns.
     """
     saved = torch.load(checkpoint / "rank0.pt", map_location="cpu", weights_only=True)
-    env = make_env(saved["args"]["env_id"], video_dir)
-    agent = Agent(env.observation_space, env.action_space)
+    envs = make_episodes(saved["args"]["env_id"], episodes, video_dir)
+    agent = Agent(envs[0].observation_space, envs[0].action_space)
     agent.load_state_dict(saved["agent"])
-    seed = saved["args"]["seed"] + 10_000
+    seed = teach[0] if teach else saved["args"]["seed"] + 10_000
     actor, generator = numpy_mlp(agent.actor), np.random.default_rng(seed)
-    returns = np.zeros(episodes)
-    for i in range(episodes):
-        obs, _ = env.reset(seed=seed + i)
-        done = False
-        while not done:
-            logits = actor(obs.astype(np.float32))
-            if not deterministic:
-                logits = logits + generator.gumbel(size=logits.shape)
-            obs, reward, terminated, truncated, _ = env.step(logits.argmax())
-            returns[i] += reward
-            done = terminated or truncated
-    env.close()
-    return returns
+
+    def decide(obs, *_):
+        logits = actor(obs.astype(np.float32))
+        noise = 0.0 if deterministic else generator.gumbel(size=logits.shape)
+        return (logits + noise).argmax(-1)[:, None]
+
+    if teach:
+        return play_and_save(envs, decide, lambda obs, _: agent.value(obs.float()), 1, *teach)
+    return play_episodes(envs, seed, [1], decide)[0]
 
 
 def evaluate_and_log(checkpoint, step, log, args):
@@ -385,7 +384,7 @@ def save_checkpoint(run_dir, step, state):
             unfinished.mkdir(parents=True)
         dist.barrier()
         file = unfinished / f"rank{dist.get_rank()}.pt"
-        torch.save(state, file)
+        torch.save(state | {"script": Path(__file__).stem}, file)
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
         digests = gather_lists([(file.name, sha256(file))])
@@ -608,6 +607,8 @@ def main(args):
     torch.set_flush_denormal(True)  # Adam's moments decay to numbers that are slow to add
     rank, world_size, device = setup_process(args.device)
     torch.set_num_threads(1)  # for layers of 64 units a second thread costs more than it brings
+    if args.teach:
+        return evaluate(*args.teach[:2], deterministic=False, teach=args.teach[2:])
     run_dir = args.run_dir or Path("runs") / f"{args.env_id}__{Path(__file__).stem}__{args.seed}"
     path = find_checkpoint(run_dir, args.resume)
     batch_steps = args.num_envs * args.num_steps

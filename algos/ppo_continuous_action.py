@@ -63,7 +63,7 @@ from envs import UserError, report_user_error
 from envs.episodes import make_episodes, play_episodes
 from envs.make import make_vector_env
 from envs.moments import RunningMoments
-from envs.state import set_vector_env_state, vector_env_state
+from envs.state import play_and_save, set_vector_env_state, vector_env_state
 
 # ARGS ============================================================================================
 
@@ -124,6 +124,8 @@ class Args:
     """record the first episode of each evaluation (pip install moviepy)"""
     track: Literal["wandb", "trackio"] | None = None
     """mirror the logs to this tracker, if it is installed"""
+    teach: tuple[Path, int, int, int, Path] | None = None
+    """play for an S3RL script, which starts this: CHECKPOINT EPISODES SEED EVERY FILE"""
 
     def __post_init__(self):
         world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -201,19 +203,6 @@ def numpy_mlp(network: nn.Sequential):
         return x @ weight + bias
 
     return forward
-
-
-def frozen_policy(agent, obs_moments, action_space, seed, deterministic):
-    """act(raw obs (..., O)) -> (..., A) within the bounds: by eq. (6) the mean, or a draw."""
-    low, high = action_space.low.ravel(), action_space.high.ravel()
-    actor, generator = numpy_mlp(agent.actor), np.random.default_rng(seed)
-    std = 0.0 if deterministic else agent.actor_logstd.detach().exp().cpu().numpy()
-
-    def act(obs: np.ndarray) -> np.ndarray:
-        mean = actor(obs_moments.normalize(obs))
-        return np.clip(mean + std * generator.standard_normal(mean.shape), low, high)
-
-    return act
 
 
 def flatten_parameters(module: nn.Module) -> nn.Parameter:
@@ -349,19 +338,33 @@ def rollout(envs, agent, state, obs_moments, return_moments, args, device):
 
 
 @torch.random.fork_rng(devices=[])  # the first weights take no random numbers of training
-def evaluate(checkpoint, episodes, deterministic, video_dir=None):
+def evaluate(checkpoint, episodes, deterministic, video_dir=None, teach=()):
     # diverges: Gaussian actions, and the observation moments of the checkpoint
     """Returns (episodes,) with a saved agent, on the CPU; episode i starts from seed + 10_000 + i.
 
     deterministic: the mean action, else a draw. video_dir: where to record the first episode.
+    teach: seed, interval and file, where S3RL wants episodes and V in place of the returns.
     """
     saved = torch.load(checkpoint / "rank0.pt", map_location="cpu", weights_only=True)
     envs = make_episodes(saved["args"]["env_id"], episodes, video_dir)
     agent = Agent(envs[0].observation_space, envs[0].action_space)
     agent.load_state_dict(saved["agent"])
-    moments, seed = RunningMoments.of_state(saved["obs_moments"]), saved["args"]["seed"] + 10_000
-    act = frozen_policy(agent, moments, envs[0].action_space, seed, deterministic)
-    return play_episodes(envs, seed, [1], lambda obs, *_: act(obs)[:, None])[0]
+    normalize = RunningMoments.of_state(saved["obs_moments"]).normalize
+    seed = teach[0] if teach else saved["args"]["seed"] + 10_000
+    actor, generator = numpy_mlp(agent.actor), np.random.default_rng(seed)
+    std = 0.0 if deterministic else agent.actor_logstd.detach().exp().numpy()
+    low, high = envs[0].action_space.low.ravel(), envs[0].action_space.high.ravel()
+
+    def decide(obs, *_):
+        mean = actor(normalize(obs))
+        return np.clip(mean + std * generator.standard_normal(mean.shape), low, high)[:, None]
+
+    def value(obs, _):
+        return agent.value(torch.from_numpy(normalize(obs.numpy())))
+
+    if teach:
+        return play_and_save(envs, decide, value, 1, *teach)
+    return play_episodes(envs, seed, [1], decide)[0]
 
 
 def evaluate_and_log(checkpoint, step, log, args):
@@ -419,7 +422,7 @@ def save_checkpoint(run_dir, step, state):
             unfinished.mkdir(parents=True)
         dist.barrier()
         file = unfinished / f"rank{dist.get_rank()}.pt"
-        torch.save(state, file)
+        torch.save(state | {"script": Path(__file__).stem}, file)
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
         digests = gather_lists([(file.name, sha256(file))])
@@ -642,6 +645,8 @@ def main(args):
     torch.set_flush_denormal(True)  # Adam's moments decay to numbers that are slow to add
     rank, world_size, device = setup_process(args.device)
     torch.set_num_threads(1)  # for layers of 64 units a second thread costs more than it brings
+    if args.teach:
+        return evaluate(*args.teach[:2], deterministic=False, teach=args.teach[2:])
     run_dir = args.run_dir or Path("runs") / f"{args.env_id}__{Path(__file__).stem}__{args.seed}"
     path = find_checkpoint(run_dir, args.resume)
     batch_steps = args.num_envs * args.num_steps

@@ -6,10 +6,10 @@ Paper: Snapshot Reinforcement Learning: Leveraging Prior Trajectories for Effici
 Wang, Shan, Qin, 2024, arXiv 2403.00673.
 
 What changes against the parent: where the episodes of a first phase start and when they end. A
-frozen teacher plays some episodes, and the simulator's state is saved every ten steps. The student
-starts from these snapshots: from low and high values of the teacher equally often (status
-classification, SC), for a hundred steps (student trajectory truncation, STT).
-    f_i = V(s_i) of the teacher, in snapshot i, s_i by (7) with the teacher's own moments       (9)
+frozen teacher, of any script here, plays some episodes, and the simulator's state is saved every
+ten steps. The student starts from these snapshots: from low and high values of the teacher equally
+often (status classification, SC), for a hundred steps (student trajectory truncation, STT).
+    f_i = V(s_i) of the teacher, in snapshot i; of TD3's, SAC's and SRL's Q_1(s_i, a_i)         (9)
     p_i = 1 / (K n_i),  K clusters of f by k-means, n_i snapshots in that of i                 (10)
     the time limit of an episode that starts in step t_i of the teacher's is t_i + L           (11)
     pi(a|s) = softmax(logits(s))_a in place of (6), where actions are Discrete                 (12)
@@ -65,7 +65,7 @@ from envs.episodes import make_episodes, play_episodes
 from envs.make import make_env, make_vector_env
 from envs.moments import RunningMoments
 from envs.state import limit_steps, play_and_save, restore, set_vector_env_state, vector_env_state
-from envs.teacher import load_teacher
+from envs.teacher import teacher_episodes
 
 # ARGS ============================================================================================
 
@@ -81,7 +81,7 @@ class Args:
     learning_rate: float = 3e-4
     """Adam step size at the start"""
     teacher: Path | None = None
-    """folder of a run of the parent, ppo.py or this script in env_id, or a checkpoint of one"""
+    """folder of a run of any script here on the same environment, or one of its checkpoints"""
     snapshots: bool = True
     """start the episodes of the first phase from the teacher's states"""
     snapshot_timesteps: int = 100_000
@@ -130,6 +130,8 @@ class Args:
     """record the first episode of each evaluation (pip install moviepy)"""
     track: Literal["wandb", "trackio"] | None = None
     """mirror the logs to this tracker, if it is installed"""
+    teach: tuple[Path, int, int, int, Path] | None = None
+    """play for an S3RL script, which starts this: CHECKPOINT EPISODES SEED EVERY FILE"""
 
     def __post_init__(self):
         world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -216,20 +218,6 @@ def numpy_mlp(network: nn.Sequential):
     return forward
 
 
-def frozen_policy(agent, normalize, seed, deterministic):
-    # diverges: actions may be Discrete, and observations other than by eq. (7)
-    """act(raw obs (..., O)) -> what the environment gets: the likeliest action, or a draw."""
-    actor, generator = numpy_mlp(agent.actor), np.random.default_rng(seed)
-    draw = generator.gumbel if agent.discrete else generator.standard_normal
-    std = 0.0 if deterministic else agent.actor_logstd.detach().exp().cpu().numpy()
-
-    def act(obs: np.ndarray) -> np.ndarray:
-        output = actor(normalize(obs))
-        return agent.act(output + std * draw(size=output.shape))
-
-    return act
-
-
 def flatten_parameters(module: nn.Module) -> nn.Parameter:
     """Move all parameters into one vector, of which they become views.
 
@@ -285,24 +273,19 @@ def ppo_loss(logprob, entropy, value, mb, args):
 # DATA ============================================================================================
 
 
-@torch.no_grad()
 def take_snapshots(args):
-    # diverges: drawn actions, and values of normalized observations
-    """Of the teacher: what `play_and_save` saves, "probabilities" (S,), and what to log."""
+    # diverges: actions may be Discrete
+    """Of the teacher: "obs" (S, O) and "states" to start in, "probabilities" (S,); what to log."""
     env = make_env(args.env_id)
-    teacher = Agent(env.observation_space, env.action_space)
-    script = "ppo" if teacher.discrete else "ppo_continuous_action"
-    theirs = load_teacher(args.teacher, env, teacher, script).get("obs_moments")
-    # a run of ppo.py has no moments: its agent sees observations as they are
-    normalize = RunningMoments.of_state(theirs).normalize if theirs else np.float32
-    seed = args.seed + 20_000  # not one of evaluations
-    act = frozen_policy(teacher, normalize, seed, deterministic=False)
-    returns, _, saved = play_and_save(env, act, args.teacher_episodes, seed, args.snapshot_every)
-    values = teacher.value(torch.from_numpy(normalize(saved["obs"].numpy())))  # eq. (9)
-    p, sizes = start_probabilities(values.numpy(), args.clusters)
-    saved["probabilities"] = torch.from_numpy(p)
-    facts = {"charts/teacher_return": returns.mean(), "charts/snapshots": len(p)}
-    return saved, facts | {f"charts/cluster_size@{k}": n for k, n in enumerate(sizes, 1)}
+    agent = Agent(env.observation_space, env.action_space)
+    script = "ppo" if agent.discrete else "ppo_continuous_action"
+    plan = args.teacher_episodes, args.seed + 20_000, args.snapshot_every  # no evaluation's seed
+    snapshots = teacher_episodes(args.teacher, env, script, *plan)
+    returns, values = snapshots.pop("returns"), snapshots.pop("values").numpy()  # eq. (9)
+    p, sizes = start_probabilities(values, args.clusters)
+    snapshots["probabilities"] = torch.from_numpy(p)
+    facts = {"charts/teacher_return": returns.mean().item(), "charts/snapshots": len(p)}
+    return snapshots, facts | {f"charts/cluster_size@{k}": n for k, n in enumerate(sizes, 1)}
 
 
 def start_probabilities(values, clusters):
@@ -413,19 +396,33 @@ def rollout(envs, agent, state, obs_moments, return_moments, args, device):
 
 
 @torch.random.fork_rng(devices=[])  # the first weights take no random numbers of training
-def evaluate(checkpoint, episodes, deterministic, video_dir=None):
+def evaluate(checkpoint, episodes, deterministic, video_dir=None, teach=()):
     # diverges: actions of both kinds, and the observation moments of the checkpoint
     """Returns (episodes,) with a saved agent, on the CPU; episode i starts from seed + 10_000 + i.
 
     deterministic: the likeliest action, else a draw. video_dir: where to record the first episode.
+    teach: seed, interval and file, where S3RL wants episodes and V in place of the returns.
     """
     saved = torch.load(checkpoint / "rank0.pt", map_location="cpu", weights_only=True)
     envs = make_episodes(saved["args"]["env_id"], episodes, video_dir)
     agent = Agent(envs[0].observation_space, envs[0].action_space)
     agent.load_state_dict(saved["agent"])
-    moments, seed = RunningMoments.of_state(saved["obs_moments"]), saved["args"]["seed"] + 10_000
-    act = frozen_policy(agent, moments.normalize, seed, deterministic)
-    return play_episodes(envs, seed, [1], lambda obs, *_: act(obs)[:, None])[0]
+    normalize = RunningMoments.of_state(saved["obs_moments"]).normalize
+    seed = teach[0] if teach else saved["args"]["seed"] + 10_000
+    actor, generator = numpy_mlp(agent.actor), np.random.default_rng(seed)
+    draw = generator.gumbel if agent.discrete else generator.standard_normal
+    std = 0.0 if deterministic else agent.actor_logstd.detach().exp().numpy()
+
+    def decide(obs, *_):
+        output = actor(normalize(obs))
+        return agent.act(output + std * draw(size=output.shape))[:, None]
+
+    def value(obs, _):
+        return agent.value(torch.from_numpy(normalize(obs.numpy())))
+
+    if teach:
+        return play_and_save(envs, decide, value, 1, *teach)
+    return play_episodes(envs, seed, [1], decide)[0]
 
 
 def evaluate_and_log(checkpoint, step, log, args):
@@ -483,7 +480,7 @@ def save_checkpoint(run_dir, step, state):
             unfinished.mkdir(parents=True)
         dist.barrier()
         file = unfinished / f"rank{dist.get_rank()}.pt"
-        torch.save(state, file)
+        torch.save(state | {"script": Path(__file__).stem}, file)
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
         digests = gather_lists([(file.name, sha256(file))])
@@ -702,6 +699,8 @@ def main(args):
     torch.set_flush_denormal(True)  # Adam's moments decay to numbers that are slow to add
     rank, world_size, device = setup_process(args.device)
     torch.set_num_threads(1)  # for layers of 64 units a second thread costs more than it brings
+    if args.teach:
+        return evaluate(*args.teach[:2], deterministic=False, teach=args.teach[2:])
     run_dir = args.run_dir or Path("runs") / f"{args.env_id}__{Path(__file__).stem}__{args.seed}"
     path = find_checkpoint(run_dir, args.resume)
     batch_steps, N = args.num_envs * args.num_steps, args.num_envs // world_size

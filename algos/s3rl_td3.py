@@ -6,10 +6,10 @@ Paper: Snapshot Reinforcement Learning: Leveraging Prior Trajectories for Effici
 Wang, Shan, Qin, 2024, arXiv 2403.00673.
 
 What changes against the parent: where the episodes of a first phase start and when they end. A
-frozen teacher of the same kind plays some episodes, and the simulator's state is saved every ten
-steps. The student starts from these snapshots: from low and high values of the teacher equally
+frozen teacher, of any script here, plays some episodes, and the simulator's state is saved every
+ten steps. The student starts from these snapshots: from low and high values of the teacher equally
 often (status classification, SC), for a hundred steps (student trajectory truncation, STT).
-    f_i = Q_1(s_i, m(s_i)) of the teacher, in snapshot i                                       (14)
+    f_i = Q_1(s_i, a_i) of the teacher, in snapshot i, where it takes a_i; V(s_i) of PPO's     (14)
     p_i = 1 / (K n_i),  K clusters of f by k-means, n_i snapshots in that of i                 (15)
     the time limit of an episode that starts in step t_i of the teacher's is t_i + L           (16)
 S3RL is the default; --truncation 1000 leaves out STT, --clusters 1 SC, both give SnapshotRL;
@@ -62,7 +62,7 @@ from envs import UserError, report_user_error
 from envs.episodes import make_episodes, play_episodes
 from envs.make import make_env, make_vector_env
 from envs.state import limit_steps, play_and_save, restore, set_vector_env_state, vector_env_state
-from envs.teacher import load_teacher
+from envs.teacher import teacher_episodes
 
 # ARGS ============================================================================================
 
@@ -78,7 +78,7 @@ class Args:
     learning_rate: float = 3e-4
     """Adam step size of actor and critics"""
     teacher: Path | None = None
-    """folder of a run of the parent or of this script on the same environment, or a checkpoint"""
+    """folder of a run of any script here on the same environment, or one of its checkpoints"""
     snapshots: bool = True
     """start the episodes of the first phase from the teacher's states"""
     snapshot_timesteps: int = 100_000
@@ -131,6 +131,8 @@ class Args:
     """record the first episode of each evaluation (pip install moviepy)"""
     track: Literal["wandb", "trackio"] | None = None
     """mirror the logs to this tracker, if it is installed"""
+    teach: tuple[Path, int, int, int, Path] | None = None
+    """play for an S3RL script, which starts this: CHECKPOINT EPISODES SEED EVERY FILE"""
 
     def __post_init__(self):
         world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -306,19 +308,17 @@ class ReplayBuffer:
         self.rows[: self.size] = state["rows"]
 
 
-@torch.no_grad()
-def take_snapshots(args):
-    """Of the teacher: what `play_and_save` saves, "probabilities" (S,), and what to log."""
+def take_snapshots(args, script):
+    """Of the teacher: "obs" (S, O) and "states" to start in, "probabilities" (S,); what to log."""
     env = make_env(args.env_id)
-    teacher = Agent(env.observation_space, env.action_space)
-    load_teacher(args.teacher, env, teacher, "td3_continuous_action")
+    Agent(env.observation_space, env.action_space)  # refuses what it cannot learn, at once
     plan = args.teacher_episodes, args.seed + 20_000, args.snapshot_every  # no evaluation's seed
-    returns, actions, saved = play_and_save(env, partial(numpy_policy(teacher), noise=0.0), *plan)
-    inputs = torch.cat([saved["obs"].float(), actions], 1)
-    p, sizes = start_probabilities(teacher.critic(inputs)[0].numpy(), args.clusters)  # eq. (14)
-    saved["probabilities"] = torch.from_numpy(p)
-    facts = {"charts/teacher_return": returns.mean(), "charts/snapshots": len(p)}
-    return saved, facts | {f"charts/cluster_size@{k}": n for k, n in enumerate(sizes, 1)}
+    snapshots = teacher_episodes(args.teacher, env, script, *plan)
+    returns, values = snapshots.pop("returns"), snapshots.pop("values").numpy()  # eq. (14)
+    p, sizes = start_probabilities(values, args.clusters)
+    snapshots["probabilities"] = torch.from_numpy(p)
+    facts = {"charts/teacher_return": returns.mean().item(), "charts/snapshots": len(p)}
+    return snapshots, facts | {f"charts/cluster_size@{k}": n for k, n in enumerate(sizes, 1)}
 
 
 def start_probabilities(values, clusters):
@@ -369,18 +369,19 @@ def env_step(envs, actions, state, buffer):
 
 
 @torch.random.fork_rng(devices=[])  # the first weights take no random numbers of training
-def evaluate(checkpoint, episodes, deterministic, video_dir=None):
+def evaluate(checkpoint, episodes, deterministic, video_dir=None, teach=()):
     # diverges: a deterministic actor with noise of its own
     """Returns (episodes,) with a saved agent, on the CPU; episode i starts from seed + 10_000 + i.
 
     deterministic: without exploration noise. video_dir: where to record the first episode.
+    teach: seed, interval and file, where S3RL wants episodes and Q_1 in place of the returns.
     """
     # mmap leaves the buffer on disk
     saved = torch.load(checkpoint / "rank0.pt", map_location="cpu", weights_only=True, mmap=True)
     envs = make_episodes(saved["args"]["env_id"], episodes, video_dir)
     agent = Agent(envs[0].observation_space, envs[0].action_space)
     agent.load_state_dict(saved["agent"])
-    seed = saved["args"]["seed"] + 10_000
+    seed = teach[0] if teach else saved["args"]["seed"] + 10_000
     act, generator = numpy_policy(agent), np.random.default_rng(seed)
     std = 0.0 if deterministic else saved["args"]["exploration_noise"]
 
@@ -388,6 +389,9 @@ def evaluate(checkpoint, episodes, deterministic, video_dir=None):
         noise = std * generator.standard_normal((len(obs), len(agent.scale)))
         return act(obs, noise)[:, None]
 
+    if teach:
+        q = agent.critic
+        return play_and_save(envs, decide, lambda *x: q(torch.hstack(x).float())[0], 1, *teach)
     return play_episodes(envs, seed, [1], decide)[0]
 
 
@@ -446,7 +450,7 @@ def save_checkpoint(run_dir, step, state):
             unfinished.mkdir(parents=True)
         dist.barrier()
         file = unfinished / f"rank{dist.get_rank()}.pt"
-        torch.save(state, file)
+        torch.save(state | {"script": Path(__file__).stem}, file)
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
         digests = gather_lists([(file.name, sha256(file))])
@@ -671,6 +675,8 @@ def main(args):
     torch.set_flush_denormal(True)  # Adam's moments decay to numbers that are slow to add
     rank, world_size, device = setup_process(args.device)
     torch.set_num_threads(1)  # runs side by side share a machine better than threads share a batch
+    if args.teach:
+        return evaluate(*args.teach[:2], deterministic=True, teach=args.teach[2:])
     run_dir = args.run_dir or Path("runs") / f"{args.env_id}__{Path(__file__).stem}__{args.seed}"
     path = find_checkpoint(run_dir, args.resume)
 
@@ -680,7 +686,7 @@ def main(args):
     snapshots, facts = saved.get("snapshots"), {}
     first_phase = saved.get("global_step", 0) < args.snapshot_timesteps
     if first_phase and args.snapshots and path is None:
-        snapshots, facts = take_snapshots(args)
+        snapshots, facts = take_snapshots(args, "td3_continuous_action")
     begin = partial(begin_episode, snapshots=snapshots, args=args) if first_phase else None
     envs = make_vector_env(args.env_id, N, begin=begin)
     seed_everything(args.seed)  # every process builds the same weights

@@ -61,10 +61,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python algos/x.py`
 
-from envs import UserError, report_user_error
+from envs import UserError, check_room, report_user_error
 from envs.episodes import make_episodes, play_episodes
 from envs.make import make_vector_env
-from envs.state import set_vector_env_state, vector_env_state
+from envs.state import play_and_save, set_vector_env_state, vector_env_state
 
 # ARGS ============================================================================================
 
@@ -125,6 +125,8 @@ class Args:
     """record the first episode of each evaluation (pip install moviepy)"""
     track: Literal["wandb", "trackio"] | None = None
     """mirror the logs to this tracker, if it is installed"""
+    teach: tuple[Path, int, int, int, Path] | None = None
+    """play for an S3RL script, which starts this: CHECKPOINT EPISODES SEED EVERY FILE"""
 
     def __post_init__(self):
         world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -335,18 +337,19 @@ def env_step(envs, actions, state, buffer):
 
 
 @torch.random.fork_rng(devices=[])  # the first weights take no random numbers of training
-def evaluate(checkpoint, episodes, deterministic, video_dir=None):
+def evaluate(checkpoint, episodes, deterministic, video_dir=None, teach=()):
     # diverges: a deterministic actor with noise of its own
     """Returns (episodes,) with a saved agent, on the CPU; episode i starts from seed + 10_000 + i.
 
     deterministic: without exploration noise. video_dir: where to record the first episode.
+    teach: seed, interval and file, where S3RL wants episodes and Q_1 in place of the returns.
     """
     # mmap leaves the buffer on disk
     saved = torch.load(checkpoint / "rank0.pt", map_location="cpu", weights_only=True, mmap=True)
     envs = make_episodes(saved["args"]["env_id"], episodes, video_dir)
     agent = Agent(envs[0].observation_space, envs[0].action_space)
     agent.load_state_dict(saved["agent"])
-    seed = saved["args"]["seed"] + 10_000
+    seed = teach[0] if teach else saved["args"]["seed"] + 10_000
     act, generator = numpy_policy(agent), np.random.default_rng(seed)
     std = 0.0 if deterministic else saved["args"]["exploration_noise"]
 
@@ -354,7 +357,11 @@ def evaluate(checkpoint, episodes, deterministic, video_dir=None):
         noise = std * generator.standard_normal((len(obs), len(agent.scale)))
         return act(obs, noise)[:, None].repeat(steps, 1)
 
-    return play_episodes(envs, seed, [saved["args"]["action_repeat"]], decide)[0]
+    J = saved["args"]["action_repeat"]
+    if teach:
+        q = agent.critic
+        return play_and_save(envs, decide, lambda *x: q(torch.hstack(x).float())[0], J, *teach)
+    return play_episodes(envs, seed, [J], decide)[0]
 
 
 def evaluate_and_log(checkpoint, step, log, args):
@@ -412,7 +419,7 @@ def save_checkpoint(run_dir, step, state):
             unfinished.mkdir(parents=True)
         dist.barrier()
         file = unfinished / f"rank{dist.get_rank()}.pt"
-        torch.save(state, file)
+        torch.save(state | {"script": Path(__file__).stem}, file)
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
         digests = gather_lists([(file.name, sha256(file))])
@@ -651,19 +658,12 @@ def draw(buffer, number, actions, args):
     return buffer.sample(), noise, number % args.policy_frequency == 0
 
 
-def check_room(run_dir, row_bytes, args):
-    """The buffer grows: refuse now a disk that could not hold it in three checkpoints."""
-    rows = min(args.buffer_size, args.total_timesteps)
-    needed, free = 3 * rows * row_bytes / 1e6, shutil.disk_usage(run_dir).free / 1e6
-    if free < needed:
-        text = f"{free:.0f} MB free, {needed:.0f} MB to come for the replay buffer"
-        raise UserError(f"--run-dir {run_dir}: {text}; choose another or a smaller --buffer-size")
-
-
 def main(args):
     torch.set_flush_denormal(True)  # Adam's moments decay to numbers that are slow to add
     rank, world_size, device = setup_process(args.device)
     torch.set_num_threads(1)  # runs side by side share a machine better than threads share a batch
+    if args.teach:
+        return evaluate(*args.teach[:2], deterministic=True, teach=args.teach[2:])
     run_dir = args.run_dir or Path("runs") / f"{args.env_id}__{Path(__file__).stem}__{args.seed}"
     path = find_checkpoint(run_dir, args.resume)
 
@@ -719,7 +719,7 @@ def main(args):
     log, stop, last_save = RunLog(run_dir, args, log_size), catch_signals(), time.monotonic()
     if path is None:
         path = checkpoint()  # a directory that cannot hold the run shows now, not in an hour
-        check_room(run_dir, buffer.rows[0].nbytes, args)
+        check_room(run_dir, min(args.buffer_size, args.total_timesteps), buffer.rows[0].nbytes)
     recent = deque(maxlen=100)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=rank > 0)
     while True:

@@ -1,7 +1,9 @@
 """What an agent acts in: environment builders, wrappers and the state of simulators."""
 
 import errno
+import shutil
 import sys
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -20,3 +22,11 @@ def report_user_error(kind, error, traceback) -> None:
         )
     else:
         sys.__excepthook__(kind, error, traceback)
+
+
+def check_room(run_dir: Path, rows: int, row_bytes: int) -> None:
+    """Raises UserError where a replay buffer, which grows, would not fit into three checkpoints."""
+    needed, free = 3 * rows * row_bytes / 1e6, shutil.disk_usage(run_dir).free / 1e6
+    if free < needed:
+        text = f"{free:.0f} MB free, {needed:.0f} MB to come for the replay buffer"
+        raise UserError(f"--run-dir {run_dir}: {text}; choose another or a smaller --buffer-size")

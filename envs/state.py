@@ -5,7 +5,10 @@ own state is that of `TimeLimit`. A state is a dictionary of tensors and plain v
 `torch.load(weights_only=True)` reads.
 """
 
+import math
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import gymnasium as gym
 import mujoco
@@ -100,32 +103,46 @@ def set_vector_env_state(envs: gym.vector.SyncVectorEnv, states: list[dict] | No
     return True
 
 
-def play_and_save(env: gym.Env, act, episodes: int, seed: int, save_every: int):
-    """Play whole episodes by `act(obs)` and save every `save_every`-th state that it acts in.
+def play_and_save(
+    envs: list[gym.Env],
+    decide: Callable,
+    value: Callable,
+    length: int,
+    seed: int,
+    save_every: int,
+    file: Path,
+) -> None:
+    """Play an episode in each environment, in turn; write every `save_every`-th state to `file`.
 
-    Episode i starts from seed + i; the states are counted through all episodes, from 0. Closes env.
-    Gives the returns (episodes,), the actions taken in these states (S, A) and, for `restore`,
-    {"obs": (S, O), "states"}.
+    Episode i starts from seed + i; the states are counted through all episodes, from 0. decide:
+    as in `play_episodes`; its decisions last `length` steps. value(obs (S, O), actions (S, A))
+    gives the values (S,) of the saved states, with the actions taken in them. The file gets
+    "returns" (episodes,), "values" and, for `restore`, "obs" (S, O) and "states". Closes envs.
     """
-    saved, steps, returns = [], 0, np.zeros(episodes)
-    for i in range(episodes):
+    saved, steps, returns = [], 0, torch.zeros(len(envs), dtype=torch.float64)
+    shape = envs[0].action_space.shape
+    for i, env in enumerate(envs):
         obs, _ = env.reset(seed=seed + i)
-        done = False
+        action, plan, done = np.zeros(math.prod(shape), np.float32), [], False
         while not done:
-            action = act(obs).reshape(env.action_space.shape)
+            if len(plan) == 0:
+                plan = decide(obs[None], action[None], length)[0]
+            action, plan = plan[0], plan[1:]
             if steps % save_every == 0:
                 state = env_state(env)
                 # or all episodes that start in this state would meet the same chance
                 del state["generator"]
-                saved.append((obs.copy(), action.ravel(), state))
-            obs, reward, terminated, truncated, _ = env.step(action)
+                saved.append((obs.copy(), action, state))
+            obs, reward, terminated, truncated, _ = env.step(action.reshape(shape))
             returns[i] += reward
             steps += 1
             done = terminated or truncated
-    env.close()
+        env.close()
     observations, actions, states = zip(*saved, strict=True)
-    saved = {"obs": torch.from_numpy(np.stack(observations)), "states": _stack(states)}
-    return returns, torch.from_numpy(np.stack(actions)), saved
+    obs, actions = torch.from_numpy(np.stack(observations)), torch.from_numpy(np.stack(actions))
+    with torch.no_grad():
+        episodes = {"returns": returns, "values": value(obs, actions)}
+    torch.save(episodes | {"obs": obs, "states": _stack(states)}, file)
 
 
 def restore(env: gym.Env, saved: dict, i: int) -> np.ndarray:

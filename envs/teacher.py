@@ -1,8 +1,15 @@
-"""Read the agent of another run, to learn from it."""
+"""Episodes of the agent of another run, to learn from.
+
+How it acts and what a state is worth to it, only the script that made it knows. So that one plays,
+as a process: `python algos/SCRIPT.py --teach CHECKPOINT EPISODES SEED EVERY FILE`.
+"""
 
 import hashlib
 import json
 import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import gymnasium as gym
@@ -11,39 +18,60 @@ import torch
 from envs import UserError
 from envs.state import refuse_unsaved_state
 
+SCRIPTS = Path(__file__).resolve().parents[1] / "algos"
 
-def load_teacher(folder: Path | None, env: gym.Env, agent: torch.nn.Module, script: str) -> dict:
-    """Fill `agent` from the newest whole checkpoint of `folder`: a run, or one checkpoint.
 
-    Returns all that rank 0 saved. env: of `make_env`, in which the teacher is to play and states
-    are to be saved. script: which makes such agents. Raises UserError, one line, where no state of
-    env can be saved; where there is no whole checkpoint; and where its agent is of another
-    algorithm, acts in another environment or has diverged.
+def teacher_episodes(
+    folder: Path | None, env: gym.Env, script: str, episodes: int, seed: int, save_every: int
+) -> dict:
+    """What `play_and_save` writes of the newest whole checkpoint of `folder`: a run, or itself one.
+
+    It may be of any script with environments. env: of `make_env`, for the states. script: one
+    that makes teachers, to be named where there is none. Raises UserError, one line, where no state
+    of env can be saved; where there is no whole checkpoint; and where its agent acts in another
+    environment, has diverged or cannot be played.
     """
     refuse_unsaved_state(env)  # before hours go into a teacher
     env_id = env.get_wrapper_attr("env_id")
-    maker = f"`python algos/{script}.py --env-id {env_id}` makes one"
     if folder is None:
-        raise UserError(f"--teacher RUN is missing: {maker}")
+        maker = f"`python algos/{script}.py --env-id {env_id}`"
+        raise UserError(f"--teacher RUN is missing: {maker} makes one; runs of others will do, too")
+    path = _newest(folder)
+    # mmap leaves a replay buffer on the disk
+    saved = torch.load(path / "rank0.pt", map_location="cpu", weights_only=True, mmap=True)
+    theirs = saved["args"].get("env_id")
+    if theirs != env_id:
+        acts = f"acts in {theirs}" if theirs else "acts in no environment"
+        raise UserError(f"--teacher {path}: its agent {acts}, not in --env-id {env_id}")
+    if "script" not in saved:
+        raise UserError(f"--teacher {path}: an older version made it, without its script's name")
+    player = SCRIPTS / f"{saved['script']}.py"
+    if player not in SCRIPTS.glob("*.py"):  # a checkpoint must not have anything else started
+        raise UserError(f"--teacher {path}: its script, {player.name}, is not in algos")
+    if not all(tensor.isfinite().all() for tensor in saved["agent"].values()):
+        raise UserError(f"--teacher {path}: its weights are not all finite numbers")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"teacher: {path} of {player.name}, sha256 of rank0.pt {_digest(path / 'rank0.pt')}")
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "episodes.pt"
+        plan = map(str, (path, episodes, seed, save_every, file))
+        command = [sys.executable, str(player), "--device", "cpu", "--teach", *plan]
+        # each process of torchrun has the episodes played anew: they are the same to the last bit
+        alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+        done = subprocess.run(command, env=alone, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.splitlines() or ["no reason given"])[-1]
+            raise UserError(f"--teacher {path}: {player.name} cannot play it: {reason}")
+        return torch.load(file, weights_only=True)
+
+
+def _newest(folder: Path) -> Path:
     paths = [folder, *sorted(folder.glob("checkpoints/*[0-9]"), reverse=True)]
     path = next((path for path in paths if _is_whole(path)), None)
     if path is None:
         flaw = "all its checkpoints are damaged" if len(paths) > 1 else "no whole checkpoint there"
         raise UserError(f"--teacher {folder}: {flaw}; give the folder of a run")
-    try:  # mmap leaves a replay buffer on the disk
-        saved = torch.load(path / "rank0.pt", map_location="cpu", weights_only=True, mmap=True)
-        theirs = saved["args"].get("env_id"), saved["args"].get("action_repeat", 1)
-        if theirs != (env_id, 1):
-            text = f"acts in {theirs[0]} with action repeat {theirs[1]}, not in --env-id {env_id}"
-            raise UserError(f"--teacher {path}: {text}")
-        agent.load_state_dict(saved["agent"])
-    except (AttributeError, KeyError, RuntimeError, TypeError):
-        raise UserError(f"--teacher {path}: its agent is of another algorithm; {maker}") from None
-    if not all(tensor.isfinite().all() for tensor in agent.state_dict().values()):
-        raise UserError(f"--teacher {path}: its weights are not all finite numbers")
-    if os.environ.get("RANK", "0") == "0":
-        print(f"teacher: {path}, sha256 of rank0.pt {_digest(path / 'rank0.pt')}")
-    return saved
+    return path
 
 
 def _digest(path: Path) -> str:

@@ -1,7 +1,8 @@
 """The S3RL scripts: snapshots, where episodes start and end, both phases, the teacher."""
 
+import hashlib
 import importlib
-import io
+import json
 import shutil
 from collections import Counter
 from functools import partial
@@ -16,7 +17,7 @@ from envs import UserError
 from envs.make import make_env, make_vector_env
 from envs.moments import RunningMoments
 from envs.state import can_save_state, play_and_save, restore
-from envs.teacher import load_teacher
+from envs.teacher import teacher_episodes
 from tests.launch import (
     Run,
     assert_same_run,
@@ -40,11 +41,13 @@ every_task = pytest.mark.parametrize(
 )
 # flags of short runs on Pendulum-v1, whose episodes last 200 steps
 OFF_POLICY = "--learning-starts 100 --batch-size 16 --log-every 10"
-SHORT = {
-    "s3rl_td3": OFF_POLICY,
-    "s3rl_sac": OFF_POLICY,
-    "s3rl_ppo": "--num-steps 40 --num-minibatches 2 --update-epochs 2",
-}
+ON_POLICY = "--num-steps 40 --num-minibatches 2 --update-epochs 2"
+SHORT = {name: ON_POLICY if "ppo" in name else OFF_POLICY for name in PARENTS}
+# flags of teachers, of every kind
+TEACHERS = {parent: SHORT[name] for name, parent in PARENTS.items()}
+TEACHERS |= {name: SHORT[name] + " --no-snapshots" for name in PARENTS}
+TEACHERS["ppo"] = ON_POLICY
+TEACHERS["srl"] = "--random-steps 100 --batch-size 16 --log-every 10 --no-eval-lengths"
 IDS = "Ant-v5 HalfCheetah-v5 Hopper-v5 Humanoid-v5 Swimmer-v5 Walker2d-v5 Reacher-v5 "
 IDS += "InvertedPendulum-v5 InvertedDoublePendulum-v5 HumanoidStandup-v5 Hopper-v4 Walker2d-v4 "
 IDS += "Swimmer-v4 HalfCheetah-v4 InvertedPendulum-v4 Pendulum-v1 MountainCarContinuous-v0 "
@@ -59,19 +62,24 @@ def module(script):
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """teacher(script, env_id): the folder of a run that makes its teachers."""
+    """teacher(script, env_id, flags): the folder of a run of that script."""
     done = {}
 
-    def get(script, env_id="Pendulum-v1"):
-        if (script, env_id) not in done:
+    def get(script, env_id="Pendulum-v1", flags=""):
+        key = script, env_id, flags
+        if key not in done:
             folder = tmp_path_factory.mktemp("teacher") / "run"
-            maker = "ppo" if env_id in DISCRETE else PARENTS[script]
-            flags = [*short_flags(script, env_id), "--total-timesteps", 400, "--run-dir", folder]
-            run(maker, 1, *flags)
-            done[script, env_id] = folder
-        return done[script, env_id]
+            words = f"--env-id {env_id} --eval-episodes 1 --total-timesteps 400 {flags}"
+            run(script, 1, *words.split(), *TEACHERS[script].split(), "--run-dir", folder)
+            done[key] = folder
+        return done[key]
 
     return get
+
+
+def parent_of(script, env_id="Pendulum-v1"):
+    """Which script makes the teacher that `script` proposes."""
+    return "ppo" if env_id in DISCRETE else PARENTS[script]
 
 
 def short_flags(script, env_id="Pendulum-v1"):
@@ -83,18 +91,27 @@ def short_run(script, run_dir, *flags, env_id="Pendulum-v1"):
     return run_dir
 
 
-def random_actions(env):
-    env.action_space.seed(0)
-    return lambda obs: np.asarray(env.action_space.sample())
+def play(envs, file, seed, save_every, action=None):
+    """What `play_and_save` writes; action: in each step, else random ones."""
+    envs[0].action_space.seed(0)
+
+    def decide(*_):
+        return np.asarray(envs[0].action_space.sample() if action is None else action)[None, None]
+
+    play_and_save(envs, decide, lambda obs, actions: obs[:, 0], 1, seed, save_every, file)
+    return torch.load(file, weights_only=True)
 
 
-def pendulum_snapshots(values, clusters=6):
-    """As many snapshots as values, of random play, with the probabilities of td3's script."""
-    env = make_env("Pendulum-v1")
-    _, _, saved = play_and_save(env, random_actions(env), 1, 0, 200 // len(values))
-    p, _ = module("s3rl_td3").start_probabilities(np.array(values), clusters)
-    assert len(saved["obs"]) == len(p)
-    return saved | {"probabilities": torch.from_numpy(p)}
+@pytest.fixture
+def pendulum_snapshots(tmp_path):
+    def get(values, clusters=6):
+        """As many snapshots as values, of random play, with the probabilities of td3's script."""
+        saved = play([make_env("Pendulum-v1")], tmp_path / "file", 0, 200 // len(values))
+        p, _ = module("s3rl_td3").start_probabilities(np.array(values), clusters)
+        assert len(saved["obs"]) == len(p)
+        return saved | {"probabilities": torch.from_numpy(p)}
+
+    return get
 
 
 def first_phase(script, snapshots, truncation, num_envs=1):
@@ -109,9 +126,9 @@ def first_phase(script, snapshots, truncation, num_envs=1):
 class Recorder(gym.Wrapper):
     """Keeps all that steps give, an episode a list."""
 
-    def __init__(self, env):
+    def __init__(self, env, episodes):
         super().__init__(env)
-        self.episodes = []
+        self.episodes = episodes
 
     def reset(self, **kwargs):
         self.episodes.append([])
@@ -124,17 +141,13 @@ class Recorder(gym.Wrapper):
 
 
 @pytest.mark.parametrize("env_id", IDS.split() + DISCRETE)
-def test_restored_snapshots_continue_to_the_last_bit(env_id):
+def test_restored_snapshots_continue_to_the_last_bit(env_id, tmp_path):
     """After a checkpoint's save and load, in any order, in an environment that has moved on."""
-    env = Recorder(make_env(env_id))
-    returns, _, saved = play_and_save(env, random_actions(env), 3, 5, 7)
-    assert len(returns) == 3
-    file = io.BytesIO()
-    torch.save(saved, file)
-    assert file.tell() < 3_000_000 + 40_000 * len(saved["obs"])
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    where = [(e, t) for e, steps in enumerate(env.episodes) for t in range(len(steps))][::7]
+    episodes = []
+    saved = play([Recorder(make_env(env_id), episodes) for _ in range(3)], tmp_path / "file", 5, 7)
+    assert len(saved["returns"]) == 3
+    assert (tmp_path / "file").stat().st_size < 3_000_000 + 40_000 * len(saved["obs"])
+    where = [(e, t) for e, steps in enumerate(episodes) for t in range(len(steps))][::7]
     assert len(where) == len(saved["obs"])
     other = make_env(env_id)
     other.reset(seed=99)
@@ -142,16 +155,15 @@ def test_restored_snapshots_continue_to_the_last_bit(env_id):
         e, t = where[i]
         obs = restore(other, saved, i)
         if t:
-            assert obs.tobytes() == env.episodes[e][t - 1][1]
-        for action, *expected in env.episodes[e][t : t + 150]:
+            assert obs.tobytes() == episodes[e][t - 1][1]
+        for action, *expected in episodes[e][t : t + 150]:
             obs, *rest = other.step(action)
             assert [obs.tobytes(), *rest[:3]] == expected
 
 
-def test_few_tensors():
+def test_few_tensors(tmp_path):
     """Thousands of small ones would make each checkpoint slow."""
-    env = make_env("Hopper-v5")
-    _, _, saved = play_and_save(env, random_actions(env), 20, 0, 1)
+    saved = play([make_env("Hopper-v5") for _ in range(20)], tmp_path / "file", 0, 1)
     leaves = []
 
     def walk(tree):
@@ -165,15 +177,14 @@ def test_few_tensors():
     assert len(saved["obs"]) > 100 and len(leaves) < 40
 
 
-def test_interval_counts_the_steps_of_all_episodes():
-    env = make_env("Pendulum-v1")
-    _, _, saved = play_and_save(env, random_actions(env), 3, 0, 30)
+def test_interval_counts_the_steps_of_all_episodes(tmp_path):
+    saved = play([make_env("Pendulum-v1") for _ in range(3)], tmp_path / "file", 0, 30)
     elapsed = [e for (e,) in saved["states"]["elapsed_steps"]]
     assert elapsed == [step % 200 for step in range(0, 600, 30)]
 
 
-def test_saving_leaves_the_episodes_as_they_are():
-    env, plain, expected = make_env("Hopper-v5"), make_env("Hopper-v5"), []
+def test_saving_leaves_the_episodes_as_they_are(tmp_path):
+    plain, expected = make_env("Hopper-v5"), []
     for i in range(4):
         plain.reset(seed=3 + i)
         expected.append(0.0)
@@ -182,8 +193,31 @@ def test_saving_leaves_the_episodes_as_they_are():
             _, reward, terminated, truncated, _ = plain.step(np.zeros(3))
             expected[-1] += reward
             done = terminated or truncated
-    returns, _, _ = play_and_save(env, lambda obs: np.zeros(3), 4, 3, 7)
-    assert returns.tolist() == expected
+    envs = [make_env("Hopper-v5") for _ in range(4)]
+    assert play(envs, tmp_path / "file", 3, 7, np.zeros(3))["returns"].tolist() == expected
+
+
+def test_decisions_of_several_steps(tmp_path):
+    """They last to the end of an episode, and the next one knows which action was the last."""
+    asked = []
+
+    def decide(obs, previous, steps):
+        asked.append((obs.copy(), previous.copy(), steps))
+        return np.linspace(-2, 2, 7, dtype=np.float32).reshape(1, 7, 1)
+
+    def value(obs, actions):
+        return actions[:, 0]
+
+    envs, episodes = [make_env("Pendulum-v1") for _ in range(2)], []
+    envs = [Recorder(env, episodes) for env in envs]
+    play_and_save(envs, decide, value, 7, 0, 10, tmp_path / "file")
+    assert len(asked) == 2 * 29 and {steps for *_, steps in asked} == {7}
+    previous = [p.item() for _, p, _ in asked]
+    assert previous == ([0.0] + [2.0] * 28) * 2
+    taken = [action.item() for steps in episodes for action, *_ in steps]
+    saved = torch.load(tmp_path / "file", weights_only=True)
+    assert saved["values"].tolist() == taken[::10], "the actions taken in the saved states"
+    assert taken[6:9] == [2.0, -2.0, pytest.approx(-4 / 3)] and taken[200] == -2.0
 
 
 # WHERE EPISODES START ============================================================================
@@ -223,65 +257,86 @@ def test_empty_clusters_are_dropped(script, monkeypatch):
     assert sizes.tolist() == [1, 0, 3]
 
 
-def scored(script, folder, env_id, episodes, monkeypatch):
-    """The values that take_snapshots gives to the clustering, and what it logs."""
-    child, seen = module(script), []
-    found = np.array([0.5, 0.5]), np.array([1, 1])
-    monkeypatch.setattr(child, "start_probabilities", lambda *inputs: seen.append(inputs) or found)
-    plan = {"seed": 3, "teacher_episodes": episodes, "snapshot_every": 7, "clusters": 6}
-    _, facts = child.take_snapshots(SimpleNamespace(env_id=env_id, teacher=folder, **plan))
-    ((values, clusters),) = seen
-    assert clusters == 6
-    return values, facts
+def networks(script, saved, env):
+    """act(obs, previous, generator) -> (steps, A) and value(obs, actions), by its own functions."""
+    own, args = module(script), saved["args"]
+    agent = own.Agent(env.observation_space, env.action_space)
+    agent.load_state_dict(saved["agent"])
+    if "ppo" in script:
+        actor = own.numpy_mlp(agent.actor)
+        # a run of ppo.py has no moments: its agent sees observations as they are
+        moments, normalize = saved.get("obs_moments"), np.float32
+        if moments:
+            normalize = RunningMoments.of_state(moments).normalize
+
+        def act(obs, _, g):
+            output = actor(normalize(obs))
+            if isinstance(env.action_space, gym.spaces.Discrete):
+                return [(output + g.gumbel(size=2)).argmax()]
+            std = agent.actor_logstd.detach().exp().numpy()
+            return [(output + std * g.standard_normal(1)).clip(-2, 2)]
+
+        return act, lambda obs, _: agent.value(torch.from_numpy(normalize(obs.numpy())))
+    policy = own.numpy_policy(agent)
+    if script == "srl":
+        shape = 1, args["sequence_length"], 1
+        critic = agent.grader["critic"]
+        return (
+            lambda obs, previous, g: policy(obs[None], previous[None], g.standard_normal(shape))[0],
+            lambda obs, actions: critic(torch.cat([obs, actions], 1))[0],
+        )
+    std = 0.0 if "td3" in script else 1.0
+    return (
+        lambda obs, _, g: [policy(obs, std * g.standard_normal(1))] * args.get("action_repeat", 1),
+        lambda obs, actions: agent.critic(torch.cat([obs, actions], 1))[0],
+    )
 
 
-@every_script
-def test_values_are_those_of_the_teacher(script, teacher, monkeypatch):
-    """By playing its episodes again with the parent's networks; what they are not is told apart."""
-    folder, env, parent = teacher(script), make_env("Pendulum-v1"), module(PARENTS[script])
-    values, facts = scored(script, folder, "Pendulum-v1", 2, monkeypatch)
-    agent = parent.Agent(env.observation_space, env.action_space)
-    saved = load_teacher(folder, env, agent, PARENTS[script])
-    if script == "s3rl_ppo":
-        moments = RunningMoments.of_state(saved["obs_moments"])
-        act = parent.frozen_policy(agent, moments, env.action_space, 20_003, False)
-    else:
-        likeliest, generator = parent.numpy_policy(agent), np.random.default_rng(20_003)
-        std = 1.0 if script == "s3rl_sac" else 0.0
+KINDS = [(script, "CartPole-v1" if script == "ppo" else "Pendulum-v1", "") for script in TEACHERS]
+KINDS += [("s3rl_ppo", "CartPole-v1", "")]
+KINDS += [
+    (f"{base}_continuous_action", "Pendulum-v1", "--action-repeat 3") for base in ("td3", "sac")
+]
 
-        def act(obs):
-            return likeliest(obs, std * generator.standard_normal(1))
 
-    observations, actions, total = [], [], 0.0
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=pytest.mark.xdist_group(k[0]), id=" ".join(k).strip()) for k in KINDS],
+)
+def test_episodes_and_values_are_those_of_the_teacher(kind, teacher):
+    """By playing its episodes again, one at a time, with the functions of its own script."""
+    (script, env_id, _), folder = kind, teacher(*kind)
+    env = make_env(env_id)
+    found = teacher_episodes(folder, env, "x", 2, 23, 7)
+    saved = torch.load(checkpoints(folder)[-1] / "rank0.pt", weights_only=True)
+    assert saved["script"] == script
+    act, value = networks(script, saved, env)
+    generator, observations, actions, returns = np.random.default_rng(23), [], [], []
     for episode in range(2):
-        obs, _ = env.reset(seed=20_003 + episode)
-        for _ in range(200):
+        obs, _ = env.reset(seed=23 + episode)
+        plan, action, done = [], np.zeros(1, np.float32), False
+        returns.append(0.0)
+        while not done:
+            if not len(plan):
+                plan = act(obs, action, generator)
+            action, *plan = plan
             observations.append(obs)
-            actions.append(act(obs))
-            obs, reward, *_ = env.step(actions[-1])
-            total += reward
-    assert facts["charts/teacher_return"] == pytest.approx(total / 2)
-    obs, actions = np.array(observations[::7], np.float32), np.array(actions[::7], np.float32)
+            actions.append(action)
+            obs, reward, terminated, truncated, _ = env.step(action)
+            returns[-1] += reward
+            done = terminated or truncated
+    assert found["returns"].tolist() == pytest.approx(returns)
+    obs = torch.from_numpy(np.array(observations[::7]))
+    np.testing.assert_allclose(found["obs"], obs, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        if script == "s3rl_ppo":
-            expected = agent.value(torch.from_numpy(moments.normalize(obs)))
-            others = [agent.value(torch.from_numpy(obs))]
-        else:
-            x = torch.from_numpy(np.column_stack([obs, actions]))
-            expected, second = agent.critic(x)
-            others = [second, agent.target(x)[0]]
-            if script == "s3rl_sac":
-                x = torch.from_numpy(np.column_stack([obs, likeliest(obs, 0.0)]))
-                others.append(agent.critic(x)[0])
-    assert len(values) == 58
-    np.testing.assert_allclose(values, expected.numpy(), rtol=1e-4, atol=1e-5)
-    for other in others:
-        assert not np.allclose(values, other.numpy(), rtol=1e-4, atol=1e-5)
+        values = value(obs, torch.from_numpy(np.array(actions[::7])))
+    np.testing.assert_allclose(found["values"], values, rtol=1e-4, atol=1e-4)
+    assert values.std() > 1e-3
 
 
 @every_script
 @pytest.mark.parametrize("clusters", [1, 2])
-def test_frequencies_of_starts(script, clusters):
+def test_frequencies_of_starts(script, clusters, pendulum_snapshots):
     values = [0.0, 9.0, 9.1, 9.2, 9.3, 9.4, 9.5, 9.6, 9.7, 9.8]
     snapshots = pendulum_snapshots(values, clusters)
     envs, n = first_phase(script, snapshots, 100), 4000
@@ -295,7 +350,7 @@ def test_frequencies_of_starts(script, clusters):
 
 
 @every_script
-def test_environments_draw_apart(script):
+def test_environments_draw_apart(script, pendulum_snapshots):
     snapshots = pendulum_snapshots(list(range(50)))
     envs = first_phase(script, snapshots, 100, 4)
     first, other, again = (envs.reset(seed=seed)[0].copy() for seed in (0, 4, 0))
@@ -310,7 +365,7 @@ def test_environments_draw_apart(script):
 
 @every_script
 @pytest.mark.parametrize("truncation", [5, 300])
-def test_limit_counts_from_the_snapshot(script, truncation):
+def test_limit_counts_from_the_snapshot(script, truncation, pendulum_snapshots):
     """Pendulum's own limit is 200: 300 steps from step 196 go on to 496."""
     snapshots = pendulum_snapshots(list(range(50)))
     envs = first_phase(script, snapshots, truncation)
@@ -329,7 +384,7 @@ def test_without_snapshots_only_the_limit_changes(script):
     assert cuts == ([False] * 4 + [True]) * 2
 
 
-def test_cut_episodes_bootstrap():
+def test_cut_episodes_bootstrap(pendulum_snapshots):
     """In the buffer no transition of a cut episode is terminal, and each closes its own episode."""
     td3, snapshots = module("s3rl_td3"), pendulum_snapshots(list(range(50)))
     envs = first_phase("s3rl_td3", snapshots, 4, 2)
@@ -350,7 +405,7 @@ def test_cut_episodes_bootstrap():
     assert all(table[t, n, :3].tobytes() in stored for t in (0, 4, 8) for n in (0, 1))
 
 
-def test_cut_episodes_bootstrap_in_ppo():
+def test_cut_episodes_bootstrap_in_ppo(pendulum_snapshots):
     """Where V is c everywhere and lambda is 0, each advantage is r + gamma c - c, at cuts too."""
     ppo, snapshots = module("s3rl_ppo"), pendulum_snapshots(list(range(50)))
     envs = first_phase("s3rl_ppo", snapshots, 4, 2)
@@ -376,7 +431,8 @@ def test_without_a_first_phase_it_is_the_parent(script, tmp_path):
     mine = short_run(script, tmp_path / "child", *flags, "--snapshot-timesteps", 0)
     run(PARENTS[script], 1, *short_flags(script), *flags, "--run-dir", tmp_path / "parent")
     a, b = (content(checkpoints(path)[-1]) for path in (mine, tmp_path / "parent"))
-    assert a.pop("rank0.pt/snapshots") is None
+    assert a.pop("rank0.pt/snapshots") is None and a.pop("rank0.pt/script") == script
+    assert b.pop("rank0.pt/script") == PARENTS[script]
     more = "rank0.pt/decisions", "rank0.pt/best/"  # of --action-repeat and --eval-lengths
     b = {name: leaf for name, leaf in b.items() if not name.startswith(more)}
     assert a.keys() == b.keys()
@@ -401,7 +457,7 @@ def test_both_phases(script, arm, teacher, tmp_path):
     ]
     flags = ["--snapshot-timesteps", 320, "--total-timesteps", 960, *flags.split()]
     if arm != "STT":
-        flags += ["--teacher", teacher(script)]
+        flags += ["--teacher", teacher(PARENTS[script])]
     run_dir = short_run(script, tmp_path / "run", *flags, "--save-every", 0)
     table, length = rows(run_dir), 150 if arm == "SnapshotRL" else 100
     lengths = [(step, value) for step, key, value in table if key == "charts/snapshot_length"]
@@ -420,7 +476,7 @@ def test_both_phases(script, arm, teacher, tmp_path):
 
 def test_moments_of_ppo_stay_at_the_switch(teacher, tmp_path):
     flags = ["--snapshot-timesteps", 320, "--total-timesteps", 960, "--teacher"]
-    run_dir = short_run("s3rl_ppo", tmp_path / "run", *flags, teacher("s3rl_ppo"))
+    run_dir = short_run("s3rl_ppo", tmp_path / "run", *flags, teacher("ppo_continuous_action"))
     saved = torch.load(checkpoints(run_dir)[-1] / "rank0.pt", weights_only=True)
     # both resets, each step, and the last observations of 3 episodes in either phase
     assert saved["obs_moments"]["sums"][0] == pytest.approx(torch.full((3,), 2 + 960 + 6 + 1e-4))
@@ -429,7 +485,7 @@ def test_moments_of_ppo_stay_at_the_switch(teacher, tmp_path):
 
 @every_task
 def test_resumed_first_phase_needs_no_teacher(script, env_id, teacher, tmp_path):
-    folder = shutil.copytree(teacher(script, env_id), tmp_path / "teacher")
+    folder = shutil.copytree(teacher(parent_of(script, env_id), env_id), tmp_path / "teacher")
     flags = ["--snapshot-timesteps", 400, "--total-timesteps", 640, "--teacher", folder]
     flags += ["--save-every", 0]
     whole = short_run(script, tmp_path / "whole", *flags, env_id=env_id)
@@ -490,11 +546,15 @@ def test_categorical_gradients_against_torch():
     torch.testing.assert_close(*found)
 
 
-def test_frequencies_of_discrete_actions():
-    agent, obs, n = agent_with_logits(np.log([1, 3])), np.zeros((4000, 4), np.float32), 4000
-    policy = partial(module("s3rl_ppo").frozen_policy, agent, np.float32, 0)
-    assert (policy(deterministic=True)(obs) == 1).all()
-    assert abs(policy(deterministic=False)(obs).mean() - 3 / 4) < 4 * (3 / 16 / n) ** 0.5
+def test_frequencies_of_discrete_actions(tmp_path, monkeypatch):
+    """In evaluations."""
+    ppo, agent, n = module("s3rl_ppo"), agent_with_logits(np.log([1, 3])), 4000
+    saved = {"args": {"env_id": "CartPole-v1", "seed": 1}, "agent": agent.state_dict()}
+    torch.save(saved | {"obs_moments": RunningMoments((4,)).state()}, tmp_path / "rank0.pt")
+    monkeypatch.setattr(ppo, "play_episodes", lambda *inputs: [inputs[-1](np.zeros((n, 4)))])
+    likeliest, drawn = (ppo.evaluate(tmp_path, 1, mode) for mode in (True, False))
+    assert likeliest.shape == (n, 1) and (likeliest == 1).all()
+    assert abs(drawn.mean() - 3 / 4) < 4 * (3 / 16 / n) ** 0.5
 
 
 def test_rollout_of_discrete_actions():
@@ -519,43 +579,17 @@ def test_rollout_of_discrete_actions():
     assert np.array_equal(moments.sums, replayed.sums)
 
 
-def test_a_teacher_of_ppo_sees_raw_observations(teacher, monkeypatch):
-    """Its draws, and eq. (9), by playing its episodes again with the networks of ppo.py."""
-    parent, folder = module("ppo"), teacher("s3rl_ppo", "CartPole-v1")
-    env = make_env("CartPole-v1")
-    found, facts = scored("s3rl_ppo", folder, "CartPole-v1", 5, monkeypatch)
-    agent = parent.Agent(env.observation_space, env.action_space)
-    load_teacher(folder, env, agent, "ppo")
-    actor, generator, inputs = parent.numpy_mlp(agent.actor), np.random.default_rng(20_003), []
-    for episode in range(5):
-        obs, _ = env.reset(seed=20_003 + episode)
-        done = False
-        while not done:
-            inputs.append(obs)
-            logits = actor(obs) + generator.gumbel(size=2)
-            obs, _, terminated, truncated, _ = env.step(logits.argmax())
-            done = terminated or truncated
-    assert facts["charts/teacher_return"] == len(inputs) / 5
-    with torch.no_grad():
-        values = agent.value(torch.from_numpy(np.array(inputs[::7])))
-    np.testing.assert_allclose(found, values.numpy(), rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize("env_id", DISCRETE)
 def test_both_phases_with_discrete_actions(env_id, teacher, tmp_path):
-    """With a teacher of ppo.py; the run itself is then one, which has moments."""
+    """With a teacher of ppo.py."""
     flags = ["--snapshot-timesteps", 320, "--total-timesteps", 960, "--truncation", 5]
-    flags += ["--teacher", teacher("s3rl_ppo", env_id)]
+    flags += ["--teacher", teacher("ppo", env_id)]
     run_dir = short_run("s3rl_ppo", tmp_path / "run", *flags, env_id=env_id)
     table = rows(run_dir)
     lengths = [value for _, key, value in table if key == "charts/snapshot_length"]
     assert len(lengths) >= 320 / 5 and max(lengths) == 5
     lengths = [value for _, key, value in table if key == "charts/episodic_length"]
     assert max(lengths) > 5, "the ordinary limit is back"
-    plan = {"seed": 3, "teacher_episodes": 2, "snapshot_every": 7, "clusters": 6}
-    args = SimpleNamespace(env_id=env_id, teacher=run_dir, **plan)
-    saved, facts = module("s3rl_ppo").take_snapshots(args)
-    assert facts["charts/snapshots"] == len(saved["obs"]) > 2
 
 
 @needs_compiler
@@ -591,54 +625,99 @@ def test_other_kinds_of_actions_are_refused():
 # TEACHERS ========================================================================================
 
 
+@pytest.mark.parametrize(
+    ("script", "kind"),
+    [
+        ("s3rl_td3", ("srl", "Pendulum-v1", "")),
+        ("s3rl_sac", ("ppo_continuous_action", "Pendulum-v1", "")),
+        ("s3rl_ppo", ("td3_continuous_action", "Pendulum-v1", "--action-repeat 3")),
+        ("s3rl_ppo", ("s3rl_ppo", "CartPole-v1", "")),
+    ],
+)
+def test_teachers_of_other_kinds(script, kind, teacher, tmp_path):
+    """The student starts in their states, with the probabilities of their values."""
+    flags = ["--snapshot-timesteps", 400, "--total-timesteps", 480, "--save-every", 0]
+    flags += ["--teacher", teacher(*kind), "--truncation", 5]
+    out, _ = run(script, 1, *short_flags(script, kind[1]), *flags, "--run-dir", tmp_path / "run")
+    assert f"of {kind[0]}.py, sha256" in out
+    # seeds that no evaluation has
+    played = teacher_episodes(teacher(*kind), make_env(kind[1]), "x", 10, 20_001, 10)
+    p, sizes = module(script).start_probabilities(played["values"].numpy(), 6)
+    facts = {key: value for step, key, value in rows(tmp_path / "run") if step == 0}
+    assert facts["charts/teacher_return"] == pytest.approx(played["returns"].mean().item())
+    assert facts["charts/snapshots"] == len(p) == sizes.sum() == len(played["obs"])
+    assert [facts[f"charts/cluster_size@{k}"] for k in range(1, 7)] == sizes.tolist()
+
+
 @every_task
 def test_a_teacher_is_required(script, env_id, tmp_path):
     line = one_line_error(script, "--env-id", env_id, "--run-dir", tmp_path / "run")
-    maker = "ppo" if env_id in DISCRETE else PARENTS[script]
+    maker = parent_of(script, env_id)
     assert f"--teacher RUN is missing: `python algos/{maker}.py --env-id {env_id}`" in line
     assert not (tmp_path / "run").exists()
 
 
 def test_a_teacher_of_the_wrong_kind(teacher, tmp_path):
+    pendulum, cartpole = teacher("sac_continuous_action"), teacher("ppo", "CartPole-v1")
     for script, env_id, other, words in (
-        ("s3rl_ppo", "Pendulum-v1", teacher("s3rl_sac"), "`python algos/ppo_continuous_action.py "),
-        ("s3rl_sac", "Pendulum-v1", teacher("s3rl_ppo"), "`python algos/sac_continuous_action.py "),
-        ("s3rl_ppo", "CartPole-v1", teacher("s3rl_ppo"), "acts in Pendulum-v1"),
-        ("s3rl_ppo", "Pendulum-v1", teacher("s3rl_ppo", "CartPole-v1"), "acts in CartPole-v1"),
-        ("s3rl_td3", "CartPole-v1", teacher("s3rl_ppo", "CartPole-v1"), "s3rl_ppo.py take"),
+        ("s3rl_ppo", "CartPole-v1", pendulum, "acts in Pendulum-v1, not in --env-id CartPole-v1"),
+        ("s3rl_ppo", "Pendulum-v1", cartpole, "acts in CartPole-v1, not in --env-id Pendulum-v1"),
+        ("s3rl_td3", "CartPole-v1", cartpole, "s3rl_ppo.py take"),
     ):
         flags = [*short_flags(script, env_id), "--teacher", other, "--run-dir", tmp_path / "run"]
         assert words in one_line_error(script, *flags)
         assert not (tmp_path / "run").exists()
 
 
-@every_script
-def test_teachers(script, teacher, tmp_path, capsys):
-    folder = shutil.copytree(teacher(script), tmp_path / "teacher")
+def write_checkpoint(path, **changes):
+    """Change a checkpoint, which is whole again then."""
+    saved = torch.load(path / "rank0.pt", weights_only=True) | changes
+    torch.save({k: v for k, v in saved.items() if v is not None}, path / "rank0.pt")
+    digest = hashlib.sha256((path / "rank0.pt").read_bytes()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps({"rank0.pt": digest}))
+
+
+def test_teachers(teacher, tmp_path, capsys):
+    folder = shutil.copytree(teacher("td3_continuous_action"), tmp_path / "teacher")
     env = make_env("Pendulum-v1")
-    agent = module(script).Agent(env.observation_space, env.action_space)
     old, new = checkpoints(folder)
-    load = partial(load_teacher, script="x")
-    saved = load(folder, env, agent)
-    assert all(torch.equal(saved["agent"][k], v) for k, v in agent.state_dict().items())
+
+    def get(path, env=env):
+        return teacher_episodes(path, env, "x", 1, 0, 50)
+
+    whole = get(folder)
     assert str(new) in capsys.readouterr().out
-    load(old, env, agent)  # a checkpoint instead of a run
+    other = get(old)  # a checkpoint instead of a run
     assert str(old) in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"acts in Pendulum-v1 .* Hopper-v5"):
-        load(folder, make_env("Hopper-v5"), agent)
-    with pytest.raises(UserError, match=r"of another algorithm; `python algos/x.py --env-id Pend"):
-        load(folder, env, torch.nn.Linear(2, 2))
+    assert len(whole["obs"]) == len(other["obs"]) == 4 and not whole["obs"].equal(other["obs"])
+    with pytest.raises(UserError, match="acts in Pendulum-v1, not in --env-id Hopper-v5"):
+        get(folder, make_env("Hopper-v5"))
+    saved = torch.load(new / "rank0.pt", weights_only=True)
+    nan = {name: tensor * torch.nan for name, tensor in saved["agent"].items()}
+    for changes, words in (
+        ({"script": None}, "without its script's name"),
+        ({"script": "mine"}, "its script, mine.py, is not in algos"),
+        ({"script": "../tests/teacher"}, "teacher.py, is not in algos"),
+        ({"args": {"total_episodes": 1}}, "acts in no environment"),
+        ({"agent": nan}, "not all finite"),
+        ({"agent": {}}, "td3_continuous_action.py cannot play it: .*Missing key"),
+    ):
+        write_checkpoint(new, **changes)
+        with pytest.raises(UserError, match=words) as error:
+            get(folder)
+        assert "\n" not in str(error.value)
+        write_checkpoint(new, **saved)
     data = bytearray((new / "rank0.pt").read_bytes())
     data[len(data) // 2] ^= 1
     (new / "rank0.pt").write_bytes(data)
-    load(folder, env, agent)
+    get(folder)
     assert str(old) in capsys.readouterr().out, "the newest valid one"
     (old / "manifest.json").write_text("{")
     for path, words in ((folder, "all its checkpoints are damaged"), (new, "no whole checkpoint")):
         with pytest.raises(UserError, match=words):
-            load(path, env, agent)
+            get(path)
     with pytest.raises(UserError, match="no whole checkpoint"):
-        load(tmp_path / "nowhere", env, agent)
+        get(tmp_path / "nowhere")
 
 
 class NoState(gym.Env):
@@ -665,7 +744,7 @@ def test_environment_that_cannot_be_saved(script):
     assert not can_save_state(make_env("NoStateBox-v0"))
     args = module(script).Args(env_id="NoStateBox-v0")
     with pytest.raises(UserError, match="cannot be saved"):
-        module(script).take_snapshots(args)
+        module(script).take_snapshots(args, *["x"] * (script != "s3rl_ppo"))
     envs = make_vector_env(
         "NoStateBox-v0", 1, begin=partial(module(script).begin_episode, snapshots=None, args=args)
     )

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.functional import linear, mse_loss
 
-from envs import UserError
+from envs import UserError, check_room
 from envs.episodes import make_episodes, play_episodes
 from envs.make import make_env, make_vector_env
 from tests.launch import checkpoints, needs_compiler, rows, run
@@ -511,15 +511,12 @@ def test_two_processes_are_one(tmp_path):
 # CHECKPOINT AND WHOLE RUNS =======================================================================
 
 
-@both
-def test_room_for_the_buffer(module, tmp_path, monkeypatch):
+def test_room_for_the_buffer(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
-    args = module.Args(total_timesteps=20_000)
-    module.check_room(tmp_path, 160, args)
+    check_room(tmp_path, 20_000, 160)
     with pytest.raises(UserError, match="--buffer-size"):
-        module.check_room(tmp_path, 180, args)
-    module.check_room(tmp_path, 180, module.Args(total_timesteps=20_000, buffer_size=1000))
+        check_room(tmp_path, 20_000, 180)
 
 
 @both
