@@ -60,9 +60,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python algos/ppo.py`
 
 from envs import UserError, report_user_error
-from envs.episodes import make_episodes, play_episodes
+from envs.episodes import make_episodes, play_and_save, play_episodes
 from envs.make import make_vector_env
-from envs.state import play_and_save, set_vector_env_state, vector_env_state
+from envs.state import set_vector_env_state, vector_env_state
 
 # ARGS ============================================================================================
 
@@ -310,7 +310,7 @@ def evaluate(checkpoint, episodes, deterministic, video_dir=None, teach=()):
     """Returns (episodes,) with a saved agent, on the CPU; episode i starts from seed + 10_000 + i.
 
     deterministic: the likeliest action, else a draw. video_dir: where to record the first episode.
-    teach: seed, interval and file, where S3RL wants episodes and V in place of the returns.
+    teach: (seed, interval, file), to write episodes and values V for S3RL instead.
     """
     saved = torch.load(checkpoint / "rank0.pt", map_location="cpu", weights_only=True)
     envs = make_episodes(saved["args"]["env_id"], episodes, video_dir)
@@ -605,10 +605,10 @@ def update(flat, optimizer, batch, gradient, args):
 
 def main(args):
     torch.set_flush_denormal(True)  # Adam's moments decay to numbers that are slow to add
-    rank, world_size, device = setup_process(args.device)
     torch.set_num_threads(1)  # for layers of 64 units a second thread costs more than it brings
     if args.teach:
         return evaluate(*args.teach[:2], deterministic=False, teach=args.teach[2:])
+    rank, world_size, device = setup_process(args.device)
     run_dir = args.run_dir or Path("runs") / f"{args.env_id}__{Path(__file__).stem}__{args.seed}"
     path = find_checkpoint(run_dir, args.resume)
     batch_steps = args.num_envs * args.num_steps

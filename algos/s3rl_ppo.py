@@ -6,9 +6,9 @@ Paper: Snapshot Reinforcement Learning: Leveraging Prior Trajectories for Effici
 Wang, Shan, Qin, 2024, arXiv 2403.00673.
 
 What changes against the parent: where the episodes of a first phase start and when they end. A
-frozen teacher, of any script here, plays some episodes, and the simulator's state is saved every
-ten steps. The student starts from these snapshots: from low and high values of the teacher equally
-often (status classification, SC), for a hundred steps (student trajectory truncation, STT).
+frozen teacher, a run of any script with environments, plays some episodes, and every ten steps the
+simulator's state is saved. The student starts from these snapshots: from low and high values of the
+teacher equally often (status classification, SC), for a hundred steps (trajectory truncation, STT).
     f_i = V(s_i) of the teacher, in snapshot i; of TD3's, SAC's and SRL's Q_1(s_i, a_i)         (9)
     p_i = 1 / (K n_i),  K clusters of f by k-means, n_i snapshots in that of i                 (10)
     the time limit of an episode that starts in step t_i of the teacher's is t_i + L           (11)
@@ -24,7 +24,8 @@ Run:  python algos/s3rl_ppo.py --env-id Hopper-v5 --teacher runs/Hopper-v5__ppo_
 
 Differs from the paper: unknown, its text was not read. This follows the authors' published code.
 Differs from the authors' code: states of simulators, not copies of environments; snapshots one step
-    earlier; a seed for each episode of the teacher; (12); what the parent lists, save time limits.
+    earlier; teachers of any algorithm, a seed for each of their episodes; (12); and what the parent
+    lists, save time limits.
 
 Shapes: T steps, N environments, B = T * N, M minibatch, S snapshots, O observation, A action size.
 """
@@ -61,10 +62,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python algos/x.py`
 
 from envs import UserError, report_user_error
-from envs.episodes import make_episodes, play_episodes
+from envs.episodes import make_episodes, play_and_save, play_episodes
 from envs.make import make_env, make_vector_env
 from envs.moments import RunningMoments
-from envs.state import limit_steps, play_and_save, restore, set_vector_env_state, vector_env_state
+from envs.state import limit_steps, restore, set_vector_env_state, vector_env_state
 from envs.teacher import teacher_episodes
 
 # ARGS ============================================================================================
@@ -81,7 +82,7 @@ class Args:
     learning_rate: float = 3e-4
     """Adam step size at the start"""
     teacher: Path | None = None
-    """folder of a run of any script here on the same environment, or one of its checkpoints"""
+    """folder of a run of any script with environments on the same one, or one of its checkpoints"""
     snapshots: bool = True
     """start the episodes of the first phase from the teacher's states"""
     snapshot_timesteps: int = 100_000
@@ -278,9 +279,9 @@ def take_snapshots(args):
     """Of the teacher: "obs" (S, O) and "states" to start in, "probabilities" (S,); what to log."""
     env = make_env(args.env_id)
     agent = Agent(env.observation_space, env.action_space)
-    script = "ppo" if agent.discrete else "ppo_continuous_action"
-    plan = args.teacher_episodes, args.seed + 20_000, args.snapshot_every  # no evaluation's seed
-    snapshots = teacher_episodes(args.teacher, env, script, *plan)
+    script = "ppo.py" if agent.discrete else "ppo_continuous_action.py"
+    plan = args.teacher_episodes, args.seed + 20_000, args.snapshot_every  # unlike evaluations
+    snapshots = teacher_episodes(args.teacher, env, Path(__file__).with_name(script), *plan)
     returns, values = snapshots.pop("returns"), snapshots.pop("values").numpy()  # eq. (9)
     p, sizes = start_probabilities(values, args.clusters)
     snapshots["probabilities"] = torch.from_numpy(p)
@@ -401,7 +402,7 @@ def evaluate(checkpoint, episodes, deterministic, video_dir=None, teach=()):
     """Returns (episodes,) with a saved agent, on the CPU; episode i starts from seed + 10_000 + i.
 
     deterministic: the likeliest action, else a draw. video_dir: where to record the first episode.
-    teach: seed, interval and file, where S3RL wants episodes and V in place of the returns.
+    teach: (seed, interval, file), to write episodes and values V for S3RL instead.
     """
     saved = torch.load(checkpoint / "rank0.pt", map_location="cpu", weights_only=True)
     envs = make_episodes(saved["args"]["env_id"], episodes, video_dir)
@@ -697,10 +698,10 @@ def update(flat, optimizer, batch, gradient, args):
 
 def main(args):
     torch.set_flush_denormal(True)  # Adam's moments decay to numbers that are slow to add
-    rank, world_size, device = setup_process(args.device)
     torch.set_num_threads(1)  # for layers of 64 units a second thread costs more than it brings
     if args.teach:
         return evaluate(*args.teach[:2], deterministic=False, teach=args.teach[2:])
+    rank, world_size, device = setup_process(args.device)
     run_dir = args.run_dir or Path("runs") / f"{args.env_id}__{Path(__file__).stem}__{args.seed}"
     path = find_checkpoint(run_dir, args.resume)
     batch_steps, N = args.num_envs * args.num_steps, args.num_envs // world_size

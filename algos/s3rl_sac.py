@@ -5,9 +5,9 @@ Paper: Snapshot Reinforcement Learning: Leveraging Prior Trajectories for Effici
 Wang, Shan, Qin, 2024, arXiv 2403.00673.
 
 What changes against the parent: where the episodes of a first phase start and when they end. A
-frozen teacher, of any script here, plays some episodes, and the simulator's state is saved every
-ten steps. The student starts from these snapshots: from low and high values of the teacher equally
-often (status classification, SC), for a hundred steps (student trajectory truncation, STT).
+frozen teacher, a run of any script with environments, plays some episodes, and every ten steps the
+simulator's state is saved. The student starts from these snapshots: from low and high values of the
+teacher equally often (status classification, SC), for a hundred steps (trajectory truncation, STT).
     f_i = Q_1(s_i, a_i) of the teacher, in snapshot i, where it takes a_i; V(s_i) of PPO's      (8)
     p_i = 1 / (K n_i),  K clusters of f by k-means, n_i snapshots in that of i                  (9)
     the time limit of an episode that starts in step t_i of the teacher's is t_i + L           (10)
@@ -20,8 +20,8 @@ Run:  python algos/s3rl_sac.py --env-id Hopper-v5 --teacher runs/Hopper-v5__sac_
 
 Differs from the paper: unknown, its text was not read. This follows the authors' published code.
 Differs from the authors' code: states of simulators, not copies of environments; snapshots one step
-    earlier; their f_i is of another draw than the action taken; every episode of the teacher has a
-    seed of its own; --clusters is 6 as in their commands, not 4; and what the parent lists.
+    earlier; their f_i is of another draw than the action taken; teachers of any algorithm, a seed
+    for each of their episodes; --clusters is 6 as in their commands, not 4; what the parent lists.
 
 Shapes: N environments, M transitions of a batch, S snapshots, O observation, A action size.
 """
@@ -58,9 +58,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python algos/x.py`
 
 from envs import UserError, report_user_error
-from envs.episodes import make_episodes, play_episodes
+from envs.episodes import make_episodes, play_and_save, play_episodes
 from envs.make import make_env, make_vector_env
-from envs.state import limit_steps, play_and_save, restore, set_vector_env_state, vector_env_state
+from envs.state import limit_steps, restore, set_vector_env_state, vector_env_state
 from envs.teacher import teacher_episodes
 
 # ARGS ============================================================================================
@@ -79,7 +79,7 @@ class Args:
     q_lr: float = 1e-3
     """Adam step size of the critics and of alpha"""
     teacher: Path | None = None
-    """folder of a run of any script here on the same environment, or one of its checkpoints"""
+    """folder of a run of any script with environments on the same one, or one of its checkpoints"""
     snapshots: bool = True
     """start the episodes of the first phase from the teacher's states"""
     snapshot_timesteps: int = 100_000
@@ -311,8 +311,8 @@ def take_snapshots(args, script):
     """Of the teacher: "obs" (S, O) and "states" to start in, "probabilities" (S,); what to log."""
     env = make_env(args.env_id)
     Agent(env.observation_space, env.action_space)  # refuses what it cannot learn, at once
-    plan = args.teacher_episodes, args.seed + 20_000, args.snapshot_every  # no evaluation's seed
-    snapshots = teacher_episodes(args.teacher, env, script, *plan)
+    plan = args.teacher_episodes, args.seed + 20_000, args.snapshot_every  # unlike evaluations
+    snapshots = teacher_episodes(args.teacher, env, Path(__file__).with_name(script), *plan)
     returns, values = snapshots.pop("returns"), snapshots.pop("values").numpy()  # eq. (8)
     p, sizes = start_probabilities(values, args.clusters)
     snapshots["probabilities"] = torch.from_numpy(p)
@@ -373,7 +373,7 @@ def evaluate(checkpoint, episodes, deterministic, video_dir=None, teach=()):
     """Returns (episodes,) with a saved agent, on the CPU; episode i starts from seed + 10_000 + i.
 
     deterministic: the squashed mean, else a draw. video_dir: where to record the first episode.
-    teach: seed, interval and file, where S3RL wants episodes and Q_1 in place of the returns.
+    teach: (seed, interval, file), to write episodes and values Q_1 for S3RL instead.
     """
     # mmap leaves the buffer on disk
     saved = torch.load(checkpoint / "rank0.pt", map_location="cpu", weights_only=True, mmap=True)
@@ -676,10 +676,10 @@ def update(flat, optimizers, gradients, batch, noise, args):
 
 def main(args):
     torch.set_flush_denormal(True)  # Adam's moments decay to numbers that are slow to add
-    rank, world_size, device = setup_process(args.device)
     torch.set_num_threads(1)  # runs side by side share a machine better than threads share a batch
     if args.teach:
         return evaluate(*args.teach[:2], deterministic=False, teach=args.teach[2:])
+    rank, world_size, device = setup_process(args.device)
     run_dir = args.run_dir or Path("runs") / f"{args.env_id}__{Path(__file__).stem}__{args.seed}"
     path = find_checkpoint(run_dir, args.resume)
 
@@ -689,7 +689,7 @@ def main(args):
     snapshots, facts = saved.get("snapshots"), {}
     first_phase = saved.get("global_step", 0) < args.snapshot_timesteps
     if first_phase and args.snapshots and path is None:
-        snapshots, facts = take_snapshots(args, "sac_continuous_action")
+        snapshots, facts = take_snapshots(args, "sac_continuous_action.py")
     begin = partial(begin_episode, snapshots=snapshots, args=args) if first_phase else None
     envs = make_vector_env(args.env_id, N, begin=begin)
     seed_everything(args.seed)  # every process builds the same weights

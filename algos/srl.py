@@ -64,10 +64,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python algos/x.py`
 
 from envs import UserError, check_room, report_user_error
-from envs.episodes import make_episodes, play_episodes
+from envs.episodes import make_episodes, play_and_save, play_episodes
 from envs.make import make_vector_env
 from envs.scores import EVALUATED_LENGTHS, length_metrics
-from envs.state import play_and_save, set_vector_env_state, vector_env_state
+from envs.state import set_vector_env_state, vector_env_state
 
 # ARGS ============================================================================================
 
@@ -688,10 +688,10 @@ def update(flat, optimizers, gradients, batches, noise, args):
 
 def main(args):
     torch.set_flush_denormal(True)  # Adam's moments decay to numbers that are slow to add
-    rank, world_size, device = setup_process(args.device)
     torch.set_num_threads(1)  # runs side by side share a machine better than threads share a batch
     if args.teach:
         return evaluate(*args.teach[:2], deterministic=False, teach=args.teach[2:])
+    rank, world_size, device = setup_process(args.device)
     run_dir = args.run_dir or Path("runs") / f"{args.env_id}__{Path(__file__).stem}__{args.seed}"
     path = find_checkpoint(run_dir, args.resume)
 

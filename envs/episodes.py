@@ -1,12 +1,15 @@
-"""Whole episodes for evaluation, side by side, with decisions that last several steps."""
+"""Whole episodes with a frozen agent, whose decisions may last several steps."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import torch
 
 from envs.make import make_env
+from envs.state import env_state, stack_states
 
 LONGEST_RANDOM = 16
 Decide = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
@@ -31,6 +34,49 @@ def play_episodes(
     for env in envs:
         env.close()
     return returns
+
+
+def play_and_save(
+    envs: list[gym.Env],
+    decide: Decide,
+    value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    length: int,
+    seed: int,
+    save_every: int,
+    file: Path,
+) -> None:
+    """Play an episode in each environment, in turn; write every `save_every`-th state to `file`.
+
+    Episode i starts from seed + i; the states are counted through all episodes, from 0. decide:
+    as in `play_episodes`, but observations keep their type; a decision lasts `length` steps.
+    value(obs (S, O), actions (S, A)) gives the values (S,) of the saved states, with the actions
+    taken in them. The file gets "returns" (episodes,), "values" and, for `restore`, "obs" (S, O)
+    and "states". Closes the environments.
+    """
+    saved, steps, returns = [], 0, torch.zeros(len(envs), dtype=torch.float64)
+    shape = envs[0].action_space.shape
+    for i, env in enumerate(envs):
+        obs, _ = env.reset(seed=seed + i)
+        action, plan, done = np.zeros(math.prod(shape), np.float32), [], False
+        while not done:
+            if len(plan) == 0:
+                plan = decide(obs[None], action[None], length)[0]
+            action, plan = plan[0], plan[1:]
+            if steps % save_every == 0:
+                state = env_state(env)
+                # or all episodes that start in this state would meet the same chance
+                del state["generator"]
+                saved.append((obs.copy(), action, state))
+            obs, reward, terminated, truncated, _ = env.step(action.reshape(shape))
+            returns[i] += reward
+            steps += 1
+            done = terminated or truncated
+        env.close()
+    observations, actions, states = zip(*saved, strict=True)
+    obs, actions = torch.from_numpy(np.stack(observations)), torch.from_numpy(np.stack(actions))
+    with torch.no_grad():
+        episodes = {"returns": returns, "values": value(obs, actions)}
+    torch.save(episodes | {"obs": obs, "states": stack_states(states)}, file)
 
 
 def _play(envs: list[gym.Env], seed: int, length: int | None, decide: Decide) -> np.ndarray:

@@ -5,10 +5,7 @@ own state is that of `TimeLimit`. A state is a dictionary of tensors and plain v
 `torch.load(weights_only=True)` reads.
 """
 
-import math
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import gymnasium as gym
 import mujoco
@@ -65,7 +62,7 @@ def env_state(env: gym.Env) -> dict:
 def set_env_state(env: gym.Env, state: dict) -> None:
     """Put `env` where `env_state` found it. The environment must have been reset once.
 
-    What the state lacks stays as it is: the generator of one that `play_and_save` saved, the length
+    What the state lacks stays as it is: the generator of one that `play_and_save` wrote, the length
     of the time limit in older checkpoints.
     """
     base = env.unwrapped
@@ -103,50 +100,17 @@ def set_vector_env_state(envs: gym.vector.SyncVectorEnv, states: list[dict] | No
     return True
 
 
-def play_and_save(
-    envs: list[gym.Env],
-    decide: Callable,
-    value: Callable,
-    length: int,
-    seed: int,
-    save_every: int,
-    file: Path,
-) -> None:
-    """Play an episode in each environment, in turn; write every `save_every`-th state to `file`.
-
-    Episode i starts from seed + i; the states are counted through all episodes, from 0. decide:
-    as in `play_episodes`; its decisions last `length` steps. value(obs (S, O), actions (S, A))
-    gives the values (S,) of the saved states, with the actions taken in them. The file gets
-    "returns" (episodes,), "values" and, for `restore`, "obs" (S, O) and "states". Closes envs.
-    """
-    saved, steps, returns = [], 0, torch.zeros(len(envs), dtype=torch.float64)
-    shape = envs[0].action_space.shape
-    for i, env in enumerate(envs):
-        obs, _ = env.reset(seed=seed + i)
-        action, plan, done = np.zeros(math.prod(shape), np.float32), [], False
-        while not done:
-            if len(plan) == 0:
-                plan = decide(obs[None], action[None], length)[0]
-            action, plan = plan[0], plan[1:]
-            if steps % save_every == 0:
-                state = env_state(env)
-                # or all episodes that start in this state would meet the same chance
-                del state["generator"]
-                saved.append((obs.copy(), action, state))
-            obs, reward, terminated, truncated, _ = env.step(action.reshape(shape))
-            returns[i] += reward
-            steps += 1
-            done = terminated or truncated
-        env.close()
-    observations, actions, states = zip(*saved, strict=True)
-    obs, actions = torch.from_numpy(np.stack(observations)), torch.from_numpy(np.stack(actions))
-    with torch.no_grad():
-        episodes = {"returns": returns, "values": value(obs, actions)}
-    torch.save(episodes | {"obs": obs, "states": _stack(states)}, file)
+def stack_states(states):
+    """Many results of `env_state` as one, for `restore`: thousands of small tensors save slowly."""
+    first = states[0]
+    if isinstance(first, dict):
+        return {name: stack_states([state[name] for state in states]) for name in first}
+    kinds = {(s.shape, s.dtype) if isinstance(s, torch.Tensor) else None for s in states}
+    return list(states) if None in kinds or len(kinds) > 1 else torch.stack(list(states))
 
 
 def restore(env: gym.Env, saved: dict, i: int) -> np.ndarray:
-    """Put `env` into state i of those that `play_and_save` saved. Returns its observation."""
+    """Put `env` into state i of those that `play_and_save` wrote. Returns its observation."""
     set_env_state(env, _pick(saved["states"], i))
     return saved["obs"][i].numpy().copy()
 
@@ -184,17 +148,8 @@ def _is_plain(value) -> bool:
     return isinstance(value, bool | int | float | str | None | np.ndarray | np.floating)
 
 
-def _stack(states):
-    """Many states as one, of few tensors: thousands of small ones take long to save."""
-    first = states[0]
-    if isinstance(first, dict):
-        return {name: _stack([state[name] for state in states]) for name in first}
-    kinds = {(s.shape, s.dtype) if isinstance(s, torch.Tensor) else None for s in states}
-    return list(states) if None in kinds or len(kinds) > 1 else torch.stack(list(states))
-
-
 def _pick(states, i):
-    """State number i of those that `_stack` joined."""
+    """State number i of those that `stack_states` joined."""
     if isinstance(states, dict):
         return {name: _pick(part, i) for name, part in states.items()}
     return states[i]

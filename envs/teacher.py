@@ -7,6 +7,8 @@ as a process: `python algos/SCRIPT.py --teach CHECKPOINT EPISODES SEED EVERY FIL
 import hashlib
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,51 +20,64 @@ import torch
 from envs import UserError
 from envs.state import refuse_unsaved_state
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "algos"
-
 
 def teacher_episodes(
-    folder: Path | None, env: gym.Env, script: str, episodes: int, seed: int, save_every: int
+    folder: Path | None, env: gym.Env, maker: Path, episodes: int, seed: int, save_every: int
 ) -> dict:
     """What `play_and_save` writes of the newest whole checkpoint of `folder`: a run, or itself one.
 
-    It may be of any script with environments. env: of `make_env`, for the states. script: one
-    that makes teachers, to be named where there is none. Raises UserError, one line, where no state
-    of env can be saved; where there is no whole checkpoint; and where its agent acts in another
-    environment, has diverged or cannot be played.
+    It may be of any script with environments, which must lie beside maker, the script to be named
+    where there is no teacher. env: of `make_env`, for the states. Raises UserError, one line, where
+    no state of env can be saved; where there is no whole checkpoint; and where its agent acts in
+    another environment, has diverged or cannot be played.
     """
     refuse_unsaved_state(env)  # before hours go into a teacher
     env_id = env.get_wrapper_attr("env_id")
     if folder is None:
-        maker = f"`python algos/{script}.py --env-id {env_id}`"
-        raise UserError(f"--teacher RUN is missing: {maker} makes one; runs of others will do, too")
+        command = f"`python {maker.parent.name}/{maker.name} --env-id {env_id}`"
+        raise UserError(f"--teacher RUN is missing: {command} makes one")
     path = _newest(folder)
-    # mmap leaves a replay buffer on the disk
-    saved = torch.load(path / "rank0.pt", map_location="cpu", weights_only=True, mmap=True)
-    theirs = saved["args"].get("env_id")
+    try:  # mmap leaves a replay buffer on the disk
+        saved = torch.load(path / "rank0.pt", map_location="cpu", weights_only=True, mmap=True)
+        theirs, weights = saved["args"]["env_id"], saved["agent"].values()
+        finite = all(tensor.isfinite().all() for tensor in weights)
+    except (AttributeError, KeyError, RuntimeError, TypeError):
+        raise UserError(f"--teacher {path}: it is not of a script with environments") from None
     if theirs != env_id:
-        acts = f"acts in {theirs}" if theirs else "acts in no environment"
-        raise UserError(f"--teacher {path}: its agent {acts}, not in --env-id {env_id}")
+        raise UserError(f"--teacher {path}: its agent acts in {theirs}, not in --env-id {env_id}")
     if "script" not in saved:
-        raise UserError(f"--teacher {path}: an older version made it, without its script's name")
-    player = SCRIPTS / f"{saved['script']}.py"
-    if player not in SCRIPTS.glob("*.py"):  # a checkpoint must not have anything else started
-        raise UserError(f"--teacher {path}: its script, {player.name}, is not in algos")
-    if not all(tensor.isfinite().all() for tensor in saved["agent"].values()):
+        raise UserError(f"--teacher {path}: an older version made it; make it anew with this one")
+    player = maker.parent / f"{saved['script']}.py"
+    if player not in maker.parent.glob("*.py"):  # a checkpoint must not have anything else started
+        raise UserError(f"--teacher {path}: its script, {player.name}, is not in {maker.parent}")
+    if not finite:
         raise UserError(f"--teacher {path}: its weights are not all finite numbers")
     if os.environ.get("RANK", "0") == "0":
         print(f"teacher: {path} of {player.name}, sha256 of rank0.pt {_digest(path / 'rank0.pt')}")
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "episodes.pt"
-        plan = map(str, (path, episodes, seed, save_every, file))
-        command = [sys.executable, str(player), "--device", "cpu", "--teach", *plan]
-        # each process of torchrun has the episodes played anew: they are the same to the last bit
-        alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-        done = subprocess.run(command, env=alone, capture_output=True, text=True)
-        if done.returncode:
-            reason = (done.stderr.splitlines() or ["no reason given"])[-1]
-            raise UserError(f"--teacher {path}: {player.name} cannot play it: {reason}")
-        return torch.load(file, weights_only=True)
+    played = _played(player, path, episodes, seed, save_every)
+    if not played["values"].isfinite().all():
+        raise UserError(f"--teacher {path}: the values of its states are not all finite numbers")
+    return played
+
+
+def _played(player: Path, checkpoint: Path, episodes: int, seed: int, save_every: int) -> dict:
+    """Each process of torchrun has them played anew: they are the same to the last bit."""
+    # a signal must not leave the player behind: `subprocess.run` ends it with any exception
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / "episodes.pt"
+            plan = checkpoint, episodes, seed, save_every, file
+            command = [sys.executable, str(player), "--teach", *map(str, plan)]
+            alone = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
+            done = subprocess.run(command, env=alone, capture_output=True, text=True)
+            if done.returncode == 0 and file.exists():
+                return torch.load(file, weights_only=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    lines = [line.strip() for line in done.stderr.splitlines() if re.search("[a-z]", line)]
+    reason = lines[-1][:200] if lines else f"exit code {done.returncode}"
+    raise UserError(f"--teacher {checkpoint}: {player.name} cannot play it: {reason}")
 
 
 def _newest(folder: Path) -> Path:
