@@ -310,13 +310,13 @@ def evaluate(checkpoint, episodes, deterministic, video_dir=None, teach=()):
     """Returns (episodes,) with a saved agent, on the CPU; episode i starts from seed + 10_000 + i.
 
     deterministic: the likeliest action, else a draw. video_dir: where to record the first episode.
-    teach: (seed, interval, file), to write episodes and values V for S3RL instead.
+    teach: (episodes, seed, interval, file), to write these and values V for S3RL instead.
     """
     saved = torch.load(checkpoint / "rank0.pt", map_location="cpu", weights_only=True)
     envs = make_episodes(saved["args"]["env_id"], episodes, video_dir)
     agent = Agent(envs[0].observation_space, envs[0].action_space)
     agent.load_state_dict(saved["agent"])
-    seed = teach[0] if teach else saved["args"]["seed"] + 10_000
+    seed = teach[1] if teach else saved["args"]["seed"] + 10_000
     actor, generator = numpy_mlp(agent.actor), np.random.default_rng(seed)
 
     def decide(obs, *_):
@@ -325,7 +325,7 @@ def evaluate(checkpoint, episodes, deterministic, video_dir=None, teach=()):
         return (logits + noise).argmax(-1)[:, None]
 
     if teach:
-        return play_and_save(envs, decide, lambda obs, _: agent.value(obs.float()), 1, *teach)
+        return play_and_save(envs[0], decide, lambda obs, _: agent.value(obs.float()), 1, *teach)
     return play_episodes(envs, seed, [1], decide)[0]
 
 
@@ -607,7 +607,7 @@ def main(args):
     torch.set_flush_denormal(True)  # Adam's moments decay to numbers that are slow to add
     torch.set_num_threads(1)  # for layers of 64 units a second thread costs more than it brings
     if args.teach:
-        return evaluate(*args.teach[:2], deterministic=False, teach=args.teach[2:])
+        return evaluate(args.teach[0], 1, deterministic=False, teach=args.teach[1:])
     rank, world_size, device = setup_process(args.device)
     run_dir = args.run_dir or Path("runs") / f"{args.env_id}__{Path(__file__).stem}__{args.seed}"
     path = find_checkpoint(run_dir, args.resume)

@@ -343,14 +343,14 @@ def evaluate(checkpoint, episodes, deterministic, video_dir=None, teach=()):
     """Returns (episodes,) with a saved agent, on the CPU; episode i starts from seed + 10_000 + i.
 
     deterministic: the mean action, else a draw. video_dir: where to record the first episode.
-    teach: (seed, interval, file), to write episodes and values V for S3RL instead.
+    teach: (episodes, seed, interval, file), to write these and values V for S3RL instead.
     """
     saved = torch.load(checkpoint / "rank0.pt", map_location="cpu", weights_only=True)
     envs = make_episodes(saved["args"]["env_id"], episodes, video_dir)
     agent = Agent(envs[0].observation_space, envs[0].action_space)
     agent.load_state_dict(saved["agent"])
     normalize = RunningMoments.of_state(saved["obs_moments"]).normalize
-    seed = teach[0] if teach else saved["args"]["seed"] + 10_000
+    seed = teach[1] if teach else saved["args"]["seed"] + 10_000
     actor, generator = numpy_mlp(agent.actor), np.random.default_rng(seed)
     std = 0.0 if deterministic else agent.actor_logstd.detach().exp().numpy()
     low, high = envs[0].action_space.low.ravel(), envs[0].action_space.high.ravel()
@@ -363,7 +363,7 @@ def evaluate(checkpoint, episodes, deterministic, video_dir=None, teach=()):
         return agent.value(torch.from_numpy(normalize(obs.numpy())))
 
     if teach:
-        return play_and_save(envs, decide, value, 1, *teach)
+        return play_and_save(envs[0], decide, value, 1, *teach)
     return play_episodes(envs, seed, [1], decide)[0]
 
 
@@ -645,7 +645,7 @@ def main(args):
     torch.set_flush_denormal(True)  # Adam's moments decay to numbers that are slow to add
     torch.set_num_threads(1)  # for layers of 64 units a second thread costs more than it brings
     if args.teach:
-        return evaluate(*args.teach[:2], deterministic=False, teach=args.teach[2:])
+        return evaluate(args.teach[0], 1, deterministic=False, teach=args.teach[1:])
     rank, world_size, device = setup_process(args.device)
     run_dir = args.run_dir or Path("runs") / f"{args.env_id}__{Path(__file__).stem}__{args.seed}"
     path = find_checkpoint(run_dir, args.resume)

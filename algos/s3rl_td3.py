@@ -374,14 +374,14 @@ def evaluate(checkpoint, episodes, deterministic, video_dir=None, teach=()):
     """Returns (episodes,) with a saved agent, on the CPU; episode i starts from seed + 10_000 + i.
 
     deterministic: without exploration noise. video_dir: where to record the first episode.
-    teach: (seed, interval, file), to write episodes and values Q_1 for S3RL instead.
+    teach: (episodes, seed, interval, file), to write these and values Q_1 for S3RL instead.
     """
     # mmap leaves the buffer on disk
     saved = torch.load(checkpoint / "rank0.pt", map_location="cpu", weights_only=True, mmap=True)
     envs = make_episodes(saved["args"]["env_id"], episodes, video_dir)
     agent = Agent(envs[0].observation_space, envs[0].action_space)
     agent.load_state_dict(saved["agent"])
-    seed = teach[0] if teach else saved["args"]["seed"] + 10_000
+    seed = teach[1] if teach else saved["args"]["seed"] + 10_000
     act, generator = numpy_policy(agent), np.random.default_rng(seed)
     std = 0.0 if deterministic else saved["args"]["exploration_noise"]
 
@@ -391,7 +391,7 @@ def evaluate(checkpoint, episodes, deterministic, video_dir=None, teach=()):
 
     if teach:
         q = agent.critic
-        return play_and_save(envs, decide, lambda *x: q(torch.hstack(x).float())[0], 1, *teach)
+        return play_and_save(envs[0], decide, lambda *x: q(torch.hstack(x).float())[0], 1, *teach)
     return play_episodes(envs, seed, [1], decide)[0]
 
 
@@ -675,7 +675,7 @@ def main(args):
     torch.set_flush_denormal(True)  # Adam's moments decay to numbers that are slow to add
     torch.set_num_threads(1)  # runs side by side share a machine better than threads share a batch
     if args.teach:
-        return evaluate(*args.teach[:2], deterministic=True, teach=args.teach[2:])
+        return evaluate(args.teach[0], 1, deterministic=True, teach=args.teach[1:])
     rank, world_size, device = setup_process(args.device)
     run_dir = args.run_dir or Path("runs") / f"{args.env_id}__{Path(__file__).stem}__{args.seed}"
     path = find_checkpoint(run_dir, args.resume)

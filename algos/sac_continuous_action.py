@@ -346,14 +346,14 @@ def evaluate(checkpoint, episodes, deterministic, video_dir=None, lengths=(), te
 
     deterministic: the squashed mean, else a draw. video_dir: where to record the first episode.
     lengths: instead (lengths, episodes), from seed + 20_000 + i, of actions held for so many steps.
-    teach: (seed, interval, file), to write episodes and values Q_1 for S3RL instead.
+    teach: (episodes, seed, interval, file), to write these and values Q_1 for S3RL instead.
     """
     # mmap leaves the buffer on disk
     saved = torch.load(checkpoint / "rank0.pt", map_location="cpu", weights_only=True, mmap=True)
     envs = make_episodes(saved["args"]["env_id"], episodes, video_dir)
     agent = Agent(envs[0].observation_space, envs[0].action_space)
     agent.load_state_dict(saved["agent"])
-    seed = teach[0] if teach else saved["args"]["seed"] + (20_000 if lengths else 10_000)
+    seed = teach[1] if teach else saved["args"]["seed"] + (20_000 if lengths else 10_000)
     act, generator = numpy_policy(agent), np.random.default_rng(seed)
 
     def decide(obs, _, steps):
@@ -363,7 +363,7 @@ def evaluate(checkpoint, episodes, deterministic, video_dir=None, lengths=(), te
     J = saved["args"]["action_repeat"]
     if teach:
         q = agent.critic
-        return play_and_save(envs, decide, lambda *x: q(torch.hstack(x).float())[0], J, *teach)
+        return play_and_save(envs[0], decide, lambda *x: q(torch.hstack(x).float())[0], J, *teach)
     returns = play_episodes(envs, seed, lengths or [J], decide)
     return returns if lengths else returns[0]
 
@@ -680,7 +680,7 @@ def main(args):
     torch.set_flush_denormal(True)  # Adam's moments decay to numbers that are slow to add
     torch.set_num_threads(1)  # runs side by side share a machine better than threads share a batch
     if args.teach:
-        return evaluate(*args.teach[:2], deterministic=False, teach=args.teach[2:])
+        return evaluate(args.teach[0], 1, deterministic=False, teach=args.teach[1:])
     rank, world_size, device = setup_process(args.device)
     run_dir = args.run_dir or Path("runs") / f"{args.env_id}__{Path(__file__).stem}__{args.seed}"
     path = find_checkpoint(run_dir, args.resume)

@@ -37,25 +37,26 @@ def play_episodes(
 
 
 def play_and_save(
-    envs: list[gym.Env],
+    env: gym.Env,
     decide: Decide,
     value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     length: int,
+    episodes: int,
     seed: int,
     save_every: int,
     file: Path,
 ) -> None:
-    """Play an episode in each environment, in turn; write every `save_every`-th state to `file`.
+    """Play one episode after the other and write every `save_every`-th state to `file`.
 
     Episode i starts from seed + i; the states are counted through all episodes, from 0. decide:
     as in `play_episodes`, but observations keep their type; a decision lasts `length` steps.
     value(obs (S, O), actions (S, A)) gives the values (S,) of the saved states, with the actions
     taken in them. The file gets "returns" (episodes,), "values" and, for `restore`, "obs" (S, O)
-    and "states". Closes the environments.
+    and "states". Closes env.
     """
-    saved, steps, returns = [], 0, torch.zeros(len(envs), dtype=torch.float64)
-    shape = envs[0].action_space.shape
-    for i, env in enumerate(envs):
+    saved, steps, returns = [], 0, np.zeros(episodes)
+    shape = env.action_space.shape
+    for i in range(episodes):
         obs, _ = env.reset(seed=seed + i)
         action, plan, done = np.zeros(math.prod(shape), np.float32), [], False
         while not done:
@@ -71,12 +72,12 @@ def play_and_save(
             returns[i] += reward
             steps += 1
             done = terminated or truncated
-        env.close()
+    env.close()
     observations, actions, states = zip(*saved, strict=True)
     obs, actions = torch.from_numpy(np.stack(observations)), torch.from_numpy(np.stack(actions))
     with torch.no_grad():
-        episodes = {"returns": returns, "values": value(obs, actions)}
-    torch.save(episodes | {"obs": obs, "states": stack_states(states)}, file)
+        written = {"returns": torch.from_numpy(returns), "values": value(obs, actions)}
+    torch.save(written | {"obs": obs, "states": stack_states(states)}, file)
 
 
 def _play(envs: list[gym.Env], seed: int, length: int | None, decide: Decide) -> np.ndarray:

@@ -99,14 +99,14 @@ def short_run(script, run_dir, *flags, env_id="Pendulum-v1"):
     return run_dir
 
 
-def play(envs, file, seed, save_every, action=None):
+def play(env, file, episodes, seed, save_every, action=None):
     """What `play_and_save` writes; action: in each step, else random ones."""
-    envs[0].action_space.seed(0)
+    env.action_space.seed(0)
 
     def decide(*_):
-        return np.asarray(envs[0].action_space.sample() if action is None else action)[None, None]
+        return np.asarray(env.action_space.sample() if action is None else action)[None, None]
 
-    play_and_save(envs, decide, lambda obs, actions: obs[:, 0], 1, seed, save_every, file)
+    play_and_save(env, decide, lambda obs, actions: obs[:, 0], 1, episodes, seed, save_every, file)
     return torch.load(file, weights_only=True)
 
 
@@ -114,7 +114,7 @@ def play(envs, file, seed, save_every, action=None):
 def pendulum_snapshots(tmp_path):
     def get(values, clusters=6):
         """As many snapshots as values, of random play, with the probabilities of td3's script."""
-        saved = play([make_env("Pendulum-v1")], tmp_path / "file", 0, 200 // len(values))
+        saved = play(make_env("Pendulum-v1"), tmp_path / "file", 1, 0, 200 // len(values))
         p, _ = module("s3rl_td3").start_probabilities(np.array(values), clusters)
         assert len(saved["obs"]) == len(p)
         return saved | {"probabilities": torch.from_numpy(p)}
@@ -134,9 +134,9 @@ def first_phase(script, snapshots, truncation, num_envs=1):
 class Recorder(gym.Wrapper):
     """Keeps all that steps give, an episode a list."""
 
-    def __init__(self, env, episodes):
+    def __init__(self, env):
         super().__init__(env)
-        self.episodes = episodes
+        self.episodes = []
 
     def reset(self, **kwargs):
         self.episodes.append([])
@@ -151,8 +151,8 @@ class Recorder(gym.Wrapper):
 @pytest.mark.parametrize("env_id", IDS.split() + DISCRETE)
 def test_restored_snapshots_continue_to_the_last_bit(env_id, tmp_path):
     """After a checkpoint's save and load, in any order, in an environment that has moved on."""
-    episodes = []
-    saved = play([Recorder(make_env(env_id), episodes) for _ in range(3)], tmp_path / "file", 5, 7)
+    env = Recorder(make_env(env_id))
+    saved, episodes = play(env, tmp_path / "file", 3, 5, 7), env.episodes
     assert len(saved["returns"]) == 3
     assert (tmp_path / "file").stat().st_size < 3_000_000 + 40_000 * len(saved["obs"])
     where = [(e, t) for e, steps in enumerate(episodes) for t in range(len(steps))][::7]
@@ -171,7 +171,7 @@ def test_restored_snapshots_continue_to_the_last_bit(env_id, tmp_path):
 
 def test_few_tensors(tmp_path):
     """Thousands of small ones would make each checkpoint slow."""
-    saved = play([make_env("Hopper-v5") for _ in range(20)], tmp_path / "file", 0, 1)
+    saved = play(make_env("Hopper-v5"), tmp_path / "file", 20, 0, 1)
     leaves = []
 
     def walk(tree):
@@ -186,7 +186,7 @@ def test_few_tensors(tmp_path):
 
 
 def test_interval_counts_the_steps_of_all_episodes(tmp_path):
-    saved = play([make_env("Pendulum-v1") for _ in range(3)], tmp_path / "file", 0, 30)
+    saved = play(make_env("Pendulum-v1"), tmp_path / "file", 3, 0, 30)
     elapsed = [e for (e,) in saved["states"]["elapsed_steps"]]
     assert elapsed == [step % 200 for step in range(0, 600, 30)]
 
@@ -201,8 +201,8 @@ def test_saving_leaves_the_episodes_as_they_are(tmp_path):
             _, reward, terminated, truncated, _ = plain.step(np.zeros(3))
             expected[-1] += reward
             done = terminated or truncated
-    envs = [make_env("Hopper-v5") for _ in range(4)]
-    assert play(envs, tmp_path / "file", 3, 7, np.zeros(3))["returns"].tolist() == expected
+    saved = play(make_env("Hopper-v5"), tmp_path / "file", 4, 3, 7, np.zeros(3))
+    assert saved["returns"].tolist() == expected
 
 
 def test_decisions_of_several_steps(tmp_path):
@@ -216,13 +216,12 @@ def test_decisions_of_several_steps(tmp_path):
     def value(obs, actions):
         return actions[:, 0]
 
-    envs, episodes = [make_env("Pendulum-v1") for _ in range(2)], []
-    envs = [Recorder(env, episodes) for env in envs]
-    play_and_save(envs, decide, value, 7, 0, 10, tmp_path / "file")
+    env = Recorder(make_env("Pendulum-v1"))
+    play_and_save(env, decide, value, 7, 2, 0, 10, tmp_path / "file")
     assert len(asked) == 2 * 29 and {steps for *_, steps in asked} == {7}
     previous = [p.item() for _, p, _ in asked]
     assert previous == ([0.0] + [2.0] * 28) * 2
-    taken = [action.item() for steps in episodes for action, *_ in steps]
+    taken = [action.item() for steps in env.episodes for action, *_ in steps]
     saved = torch.load(tmp_path / "file", weights_only=True)
     assert saved["values"].tolist() == taken[::10], "the actions taken in the saved states"
     assert taken[6:9] == [2.0, -2.0, pytest.approx(-4 / 3)] and taken[200] == -2.0
@@ -750,7 +749,7 @@ def playing(pid):
 
 
 def test_a_signal_does_not_leave_the_teacher_playing(teacher, tmp_path):
-    flags = ["--teacher", teacher("srl"), "--teacher-episodes", 100_000]
+    flags = ["--teacher", teacher("srl"), "--teacher-episodes", 10_000]
     flags += [*short_flags("s3rl_td3"), "--run-dir", tmp_path / "run"]
     with Run("s3rl_td3", 1, *flags, fresh=True) as started:
         players = []
