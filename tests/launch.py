@@ -1,6 +1,7 @@
 """Start scripts the way people do, and read what they leave behind."""
 
 import csv
+import functools
 import hashlib
 import multiprocessing
 import os
@@ -160,6 +161,12 @@ def run(script, processes, *flags, timeout=300, fresh=False):
         code, out, err = started.finish(timeout)
     assert code == 0, f"{command(script, processes, *flags)} gave {code}:\n{err[-3000:]}"
     return out, err
+
+
+@functools.cache
+def prepare(module):
+    """`python -m MODULE`, which may hold arguments, once in this process."""
+    subprocess.run([sys.executable, "-m", *module.split()], cwd=ROOT, check=True)
 
 
 def checkpoints(run_dir):

@@ -1,7 +1,6 @@
 """The contracts of design.md, section 3, over every script in algos/."""
 
 import contextlib
-import functools
 import itertools
 import json
 import os
@@ -10,7 +9,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import psutil
@@ -25,6 +23,7 @@ from tests.launch import (
     assert_same_run,
     checkpoints,
     digests,
+    prepare,
     rows,
     run,
 )
@@ -34,11 +33,6 @@ every_script = pytest.mark.parametrize(
     "script", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in SCRIPTS]
 )
 one_and_two = pytest.mark.parametrize("processes", [1, 2], ids=["python", "torchrun"])
-
-
-@functools.cache
-def prepare(module):
-    subprocess.run([sys.executable, "-m", *module.split()], cwd=ROOT, check=True)
 
 
 def smoke_flags(script, run_dir):

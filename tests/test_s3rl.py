@@ -742,7 +742,10 @@ def playing(pid):
     """[(process, the file that it will write)] of teachers that a process has started."""
     found = []
     for child in descendants(pid):
-        words = Path(f"/proc/{child}/cmdline").read_bytes().decode().split("\0")
+        try:
+            words = Path(f"/proc/{child}/cmdline").read_bytes().decode().split("\0")
+        except OSError:  # another one, which has just ended
+            continue
         if "--teach" in words:
             found.append((child, Path(words[words.index("--teach") + 5])))
     return found
