@@ -640,11 +640,11 @@ def setup_process(device):
     if "WORLD_SIZE" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(**options)
-    atexit.register(dist.destroy_process_group)  # NCCL asks for it; threads of gloo may outlive it
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    atexit.register(dist.destroy_process_group)  # NCCL asks for it
+    atexit.register(time.sleep, 0.2)  # a thread of gloo dropping a tensor as Python ends aborts it
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
-        torch.cuda.set_device(local_rank)
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        torch.cuda.set_device(device)
     return dist.get_rank(), dist.get_world_size(), device
 
 

@@ -11,10 +11,12 @@ asked. Differs from the paper: gradients are clipped at norm 1.
 Every line of the data has "prompt" and "completion" (or "chosen").
 """
 
+import atexit
 import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -146,6 +148,9 @@ def start_processes() -> torch.device:
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)  # NCCL asks for it
+        # a thread of gloo that drops a tensor while Python ends aborts it
+        atexit.register(time.sleep, 0.2)
     return device
 
 
@@ -286,7 +291,6 @@ def main(args: Args) -> None:
         )
     if dist.is_initialized():
         dist.barrier()  # nobody leaves while rank 0 still writes
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

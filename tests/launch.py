@@ -18,6 +18,8 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,6 +163,22 @@ def run(script, processes, *flags, timeout=300, fresh=False):
         code, out, err = started.finish(timeout)
     assert code == 0, f"{command(script, processes, *flags)} gave {code}:\n{err[-3000:]}"
     return out, err
+
+
+def in_two_processes(function, *arguments):
+    """Call function(rank, *arguments) in two processes, which form a process group."""
+    port = dist.TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False).port
+    mp.spawn(call_in_group, (port, function, arguments), nprocs=2)
+
+
+def call_in_group(rank, port, function, arguments):
+    from algos import ppo  # here, as the server of Forked reads this module
+
+    variables = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with mock.patch.dict(os.environ, {name: str(value) for name, value in variables.items()}):
+        ppo.setup_process("cpu")
+    torch.set_num_threads(1)
+    function(rank, *arguments)
 
 
 @functools.cache

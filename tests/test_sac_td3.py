@@ -15,14 +15,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.functional import linear, mse_loss
 
 from envs import UserError, check_room
 from envs.episodes import make_episodes, play_episodes
 from envs.make import make_env, make_vector_env
-from tests.launch import checkpoints, needs_compiler, rows, run
+from tests.launch import checkpoints, in_two_processes, needs_compiler, rows, run
 
 sac = importlib.import_module("algos.sac_continuous_action")
 td3 = importlib.import_module("algos.td3_continuous_action")
@@ -481,23 +479,17 @@ def test_actor_learns_at_every_second_update(module):
         assert [actor_due for _, _, actor_due in drawn] == [True, False, True, False]
 
 
-def two_processes(rank, port, folder):
-    """One of two ranks: updates on its half."""
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+def one_of_two(rank, folder):
+    """Updates on its half."""
     half = slice(16 * rank, 16 * (rank + 1))
-    torch.save([updated(m, half, tau=0.5)[0] for m in LEARNERS], f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    torch.save([updated(m, half, tau=0.5)[0] for m in LEARNERS], folder / f"{rank}.pt")
 
 
 LEARNERS = (sac, td3, s3rl_sac, s3rl_td3)
 
 
 def test_two_processes_are_one(tmp_path):
-    port = dist.TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False).port
-    mp.spawn(two_processes, (port, str(tmp_path)), nprocs=2)
+    in_two_processes(one_of_two, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for module, mine, theirs in zip(LEARNERS, first, second, strict=True):
         whole, _ = updated(module, tau=0.5)

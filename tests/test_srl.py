@@ -10,8 +10,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.functional import linear, mse_loss
 
 from envs import UserError
@@ -24,7 +22,7 @@ from envs.scores import (
     frequency_averaged_score,
     length_metrics,
 )
-from tests.launch import checkpoints, needs_compiler, rows, run
+from tests.launch import checkpoints, in_two_processes, needs_compiler, rows, run
 
 sac = importlib.import_module("algos.sac_continuous_action")
 srl = importlib.import_module("algos.srl")
@@ -538,20 +536,14 @@ def test_compiled_update_is_the_eager_one():
     assert metrics == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
-def two_processes(rank, port, folder):
-    """One of two ranks: updates on its half."""
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+def one_of_two(rank, folder):
+    """Updates on its half."""
     state, _ = updated(slice(16 * rank, 16 * (rank + 1)), tau=0.5)
-    torch.save(state, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    torch.save(state, folder / f"{rank}.pt")
 
 
 def test_two_processes_are_one(tmp_path):
-    port = dist.TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False).port
-    mp.spawn(two_processes, (port, str(tmp_path)), nprocs=2)
+    in_two_processes(one_of_two, tmp_path)
     mine, theirs = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     whole, _ = updated(tau=0.5)
     start = learner().flat
