@@ -110,7 +110,8 @@ def try_lock(lock) -> bool:
 
 
 class Attempts:
-    """What each start of a job took, kept in its run directory so that wall times add up."""
+    """What each start of a job ran and took, kept in its run directory: wall times add up, and
+    code that changes during a run is not taken for what ran."""
 
     def __init__(self, run_dir: Path):
         self.path = run_dir / "attempts.json"
@@ -119,9 +120,11 @@ class Attempts:
         except (OSError, ValueError):
             self.list = []
 
-    def start(self) -> None:
+    def start(self, job: Job) -> None:
         self.started = time.monotonic()
-        self.list.append({"started": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", "seconds": 0.0})
+        attempt = {"started": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", "seconds": 0.0}
+        attempt |= {"script_sha256": job.digest(), "code_is_dirty": code_is_dirty()}
+        self.list.append(attempt)
 
     def save(self) -> None:
         self.list[-1]["seconds"] = round(time.monotonic() - self.started, 1)
@@ -165,7 +168,7 @@ def run_job(
 
 def run_locked(job: Job, lock: int, started: Callable, stopping: Callable[[], bool]) -> str:
     attempts = Attempts(job.run_dir)
-    attempts.start()
+    attempts.start(job)
     attempts.save()
     environment = os.environ | dict.fromkeys(ONE_THREAD, "1") | {"PYTHONUNBUFFERED": "1"}
     with (job.run_dir / "log.txt").open("a") as log:
@@ -216,7 +219,7 @@ def harvest(job: Job, code: int, attempts: list[dict]) -> tuple[dict, str | None
         "started": attempts[0]["started"],
         "processes": job.processes,
         "threads": 1,
-        "script_sha256": job.digest(),
+        "script_sha256": attempts[-1]["script_sha256"],
         "machine": machine(),
     }
     if job.teacher:  # `provide` has read it
@@ -227,7 +230,7 @@ def harvest(job: Job, code: int, attempts: list[dict]) -> tuple[dict, str | None
     try:
         told = json.loads((job.run_dir / "args.json").read_text())
         record["commit"] = told["commit"].removesuffix("-dirty")
-        record["dirty"] = told["commit"].endswith("-dirty") and code_is_dirty()
+        record["dirty"] = told["commit"].endswith("-dirty") and attempts[-1]["code_is_dirty"]
         names = ("torch", "numpy", "gymnasium", "mujoco", "transformers")
         record["versions"] = {name: told["packages"].get(name) for name in names}
         series = results.read_metrics(job.run_dir / "metrics.csv")

@@ -438,6 +438,7 @@ def main(args: Args) -> None:
         )
     if dist.is_initialized():
         dist.barrier()  # nobody leaves while rank 0 still writes
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -148,8 +148,7 @@ def start_processes() -> torch.device:
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)  # NCCL asks for it
-        # a thread of gloo that drops a tensor while Python ends aborts it
+        # a thread of gloo that drops a tensor while Python ends aborts the process
         atexit.register(time.sleep, 0.2)
     return device
 
@@ -291,6 +290,7 @@ def main(args: Args) -> None:
         )
     if dist.is_initialized():
         dist.barrier()  # nobody leaves while rank 0 still writes
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def in_two_processes(function, *arguments):
 
 
 def call_in_group(rank, port, function, arguments):
-    from algos import ppo  # here, as the server of Forked reads this module
+    from algos import ppo  # not above: the server of Forked reads this module, its scripts theirs
 
     variables = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     with mock.patch.dict(os.environ, {name: str(value) for name, value in variables.items()}):

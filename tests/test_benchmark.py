@@ -396,6 +396,24 @@ def test_record_of_a_run(tmp_path):
     assert len((tmp_path / "run" / "starts").read_text().split()) == 1, "it was run twice"
 
 
+def test_record_is_of_the_code_that_started(tmp_path, monkeypatch):
+    job = fake_job(tmp_path, "--wait", str(tmp_path / "go"))
+    digest = job.digest()
+    monkeypatch.setattr(jobs, "code_is_dirty", lambda: job.digest() != digest)
+
+    def change(process):
+        while not (tmp_path / "run" / "starts").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        Path(job.script).write_text(SCRIPT + "# another version\n")
+        (tmp_path / "go").touch()
+
+    assert jobs.run_job(job, change) == "done"
+    record = job.stored()[job.name]
+    assert (record["script_sha256"], record["dirty"]) == (digest, False)
+    assert job.changed(job.stored())
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
